@@ -1,8 +1,8 @@
 """Each file here is a balancing mechanism; the file's name is its `kind` and the folder is the registry.
 
 A file defines a frozen dataclass `Mechanism`, whose first field is its strength (0: off), with the methods of
-`balancing.Mechanism`. A loss is pure in the routing of one batch of tokens; state changes only in `update`, once per optimizer
-step, on statistics summed over the whole global batch.
+`balancing.Mechanism`. A loss is pure in the routing of one batch of tokens; state changes only in `update`, once per
+optimizer step, on statistics summed over the whole global batch.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     score = softmax(z) or sigmoid(z),  S = top-k of (score + bias),  weight = scale * score[S] (/ sum over S)
 
 Softmax before selection without renormalisation is OLMoE (arXiv:2409.02060); with it, Mixtral's weights
-(arXiv:2401.04088), which equal softmax after selection; sigmoid with a selection bias and renormalisation is DeepSeek-V3
-(arXiv:2412.19437, eq. 12-16), where the bias selects and never enters the weight.
+(arXiv:2401.04088), which equal softmax after selection; sigmoid with a selection bias and renormalisation is
+DeepSeek-V3 (arXiv:2412.19437, eq. 12-16), where the bias selects and never enters the weight.
 """
 
 from __future__ import annotations

@@ -1,0 +1,118 @@
+"""Cross-entropy over a large vocabulary without keeping the logits.
+
+T tokens, D model width, V vocabulary, C tokens per chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from moelab import parallel
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    hidden_TD: jax.Array,
+    head_VD: jax.Array,
+    target_T: jax.Array,
+    weight_T: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums weight * (logsumexp(head @ h) - (head @ h)[target]) over tokens, chunk by chunk.
+
+    Differentiated, each chunk's gradient is formed while its logits exist, so that the head is multiplied three times
+    and not four, and at most C * V logits live at one time.
+
+    Args:
+      hidden_TD: (T, D), the dtype of the matmul; sums are float32.
+      head_VD: (V, D) float32.
+      target_T: (T,) int32.
+      weight_T: (T,) float32; a constant: it gets no gradient.
+      chunk: C; 0, or not a divisor of T: all tokens at once.
+
+    Returns:
+      The weighted sum in nats, a float32 scalar, and the nats of every token, (T,) float32, without gradient.
+    """
+    loss, nats_T, _, _ = _run(hidden_TD, head_VD, target_T, weight_T, chunk, gradient=False)
+    return loss, nats_T
+
+
+def _run(hidden_TD, head_VD, target_T, weight_T, chunk, gradient):
+    """Returns loss, nats and, where wanted, the gradients of the loss to hidden and head."""
+    num_tokens, width = hidden_TD.shape
+    chunk = chunk if chunk and num_tokens % chunk == 0 else num_tokens
+    cast_VD = head_VD.astype(hidden_TD.dtype)
+
+    def body(d_head_VD, part):
+        h_CD, target_C, weight_C = part
+        logit_CV = jax.lax.dot_general(
+            h_CD, cast_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        top_C = jax.lax.stop_gradient(jnp.max(logit_CV, axis=-1))
+        exp_CV = jnp.exp(logit_CV - top_C[:, None])
+        sum_C = jnp.sum(exp_CV, axis=-1)
+        hit_CV = target_C[:, None] == jnp.arange(logit_CV.shape[1], dtype=jnp.int32)[None, :]
+        own_C = jnp.sum(jnp.where(hit_CV, logit_CV, 0), axis=-1)
+        nats_C = jnp.log(sum_C) + top_C - own_C
+        if not gradient:
+            return d_head_VD, (nats_C, h_CD)
+        scale_C = (weight_C / sum_C)[:, None]
+        d_logit_CV = exp_CV * scale_C - jnp.where(hit_CV, weight_C[:, None], 0)
+        d_logit_CV = d_logit_CV.astype(h_CD.dtype)
+        d_head_VD += jax.lax.dot_general(
+            d_logit_CV, h_CD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return d_head_VD, (nats_C, d_logit_CV @ cast_VD)
+
+    parts = (
+        hidden_TD.reshape(-1, chunk, width),
+        target_T.reshape(-1, chunk),
+        weight_T.reshape(-1, chunk),
+    )
+    start = jnp.zeros(head_VD.shape if gradient else (), jnp.float32)
+    start = parallel.vary_like(start, hidden_TD)
+    d_head_VD, (nats, d_hidden) = jax.lax.scan(body, start, parts)
+    nats_T = nats.reshape(-1)
+    loss = jnp.sum(jnp.where(weight_T > 0, nats_T * weight_T, 0))
+    return loss, nats_T, d_hidden.reshape(num_tokens, width), d_head_VD
+
+
+def _forward(hidden_TD, head_VD, target_T, weight_T, chunk):
+    loss, nats_T, d_hidden_TD, d_head_VD = _run(
+        hidden_TD, head_VD, target_T, weight_T, chunk, gradient=True
+    )
+    return (loss, nats_T), (d_hidden_TD, d_head_VD)
+
+
+def _backward(chunk, gradients, cotangents):
+    del chunk
+    d_hidden_TD, d_head_VD = gradients
+    scale = cotangents[0]
+    return d_hidden_TD * scale.astype(d_hidden_TD.dtype), d_head_VD * scale, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def sharded_cross_entropy(
+    hidden_TD: jax.Array,
+    head_VD: jax.Array,
+    target_T: jax.Array,
+    weight_T: jax.Array,
+    *,
+    chunk: int,
+    mesh: jax.sharding.Mesh,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs `cross_entropy` on each device's tokens; arguments and returns are those, over all devices."""
+
+    def local(hidden_TD, target_T, weight_T, head_VD):
+        head_VD = parallel.vary_like(head_VD, hidden_TD)
+        loss, nats_T = cross_entropy(hidden_TD, head_VD, target_T, weight_T, chunk)
+        return loss[None], nats_T
+
+    run = parallel.shard_tokens(local, mesh, (True, True, True, False))
+    loss_devices, nats_T = run(hidden_TD, target_T, weight_T, head_VD)
+    return jnp.sum(loss_devices), nats_T

@@ -1,0 +1,369 @@
+"""The transformer: segments of blocks under one scan each, and `from_config`, the door from configs to modules.
+
+B sequences, L tokens each, T = B*L tokens, D model width, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from moelab import attention, balance, experts, moe, parallel, routers
+from moelab.routing import RouterInput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One transformer block: attention, then a dense or a sparse feed-forward."""
+
+    attention: attention.AttentionConfig
+    dense_width: int
+    moe: moe.MoeConfig | None
+    norm_epsilon: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segment:
+    """`count` repetitions of the same blocks, run as one scan over stacked parameters."""
+
+    count: int
+    blocks: tuple[BlockConfig, ...]
+
+
+class Inputs(NamedTuple):
+    """A batch of token ids and what is known of them.
+
+    Attributes:
+      token_BL: int32.
+      mask_BL: bool, False for padding (routed nowhere).
+      domain_B: int32 domain of each sequence, -1 where unknown.
+      step: () int32 optimizer step, for noise.
+    """
+
+    token_BL: jax.Array
+    mask_BL: jax.Array
+    domain_B: jax.Array
+    step: jax.Array
+
+
+class Output(NamedTuple):
+    """What the transformer returns.
+
+    Attributes:
+      hidden_BLD: final normalised vectors; multiply by `head` for logits.
+      reports: per segment a dict block name -> moe.LayerReport stacked over the segment's repetitions.
+    """
+
+    hidden_BLD: jax.Array
+    reports: tuple[dict[str, moe.LayerReport], ...]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32 (arXiv:1910.07467)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        scale_D = self.param("scale", nn.initializers.ones, (x_BLD.shape[-1],), jnp.float32)
+        x = x_BLD.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * inverse * scale_D[None, None, :]).astype(x_BLD.dtype)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then + feed-forward(norm(.))."""
+
+    config: BlockConfig
+    mesh: jax.sharding.Mesh
+    output_scale: float
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: jax.Array, inputs: RouterInput, trace: bool, cache_length: int
+    ) -> tuple[jax.Array, moe.LayerReport | None]:
+        config, scale = self.config, self.output_scale
+        normed = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BLD)
+        attend = attention.Attention(config.attention, scale, name="attention")
+        x_BLD = x_BLD + attend(normed, cache_length)
+        normed = RMSNorm(config.norm_epsilon, name="feed_forward_norm")(x_BLD)
+        if config.moe is not None:
+            sparse = moe.MoeBlock(config.moe, self.mesh, scale, name="moe")
+            y_BLD, report = sparse(normed, inputs, trace)
+            return x_BLD + y_BLD, report
+        width = x_BLD.shape[-1]
+        weights = self.param(
+            "dense", lambda k: experts.init_swiglu(k, (), width, config.dense_width, scale)
+        )
+        y_TD = experts.swiglu(normed.reshape(-1, width), weights)
+        return x_BLD + y_TD.reshape(x_BLD.shape), None
+
+
+class _Unit(nn.Module):
+    """The blocks of a segment once: the body of its scan."""
+
+    segment: Segment
+    mesh: jax.sharding.Mesh
+    output_scale: float
+    train: bool
+    trace: bool
+    cache_length: int
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, inputs: RouterInput):
+        inputs = inputs._replace(train=self.train)
+        reports = {}
+        for i, config in enumerate(self.segment.blocks):
+            block = Block(config, self.mesh, self.output_scale, name=f"block_{i}")
+            x_BLD, report = block(x_BLD, inputs, self.trace, self.cache_length)
+            if report is not None:
+                reports[f"block_{i}"] = report
+        return x_BLD, reports
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model without its loss.
+
+    Attributes:
+      vocab_size: V.
+      width: D.
+      segments: the blocks, in order.
+      tied_head: the head is the embedding.
+      dtype: of the computation; parameters, norms, routers and softmaxes are float32.
+      remat: recompute each unit of blocks in the backward pass.
+      mesh: from parallel.make_mesh.
+    """
+
+    vocab_size: int
+    width: int
+    segments: tuple[Segment, ...]
+    norm_epsilon: float
+    tied_head: bool
+    dtype: Any
+    remat: bool
+    mesh: jax.sharding.Mesh
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Inputs,
+        *,
+        train: bool = False,
+        trace: bool = False,
+        cache_length: int = 0,
+    ) -> Output:
+        """Runs the blocks.
+
+        Args:
+          inputs: B a multiple of the number of devices.
+          train: lets routers add noise.
+          trace: returns every layer's Routing in its report.
+          cache_length: 0, or the length of a key-value cache in the collection `cache` to continue from.
+        """
+        init = nn.initializers.normal(self.width**-0.5)
+        embedding_VD = self.param("embedding", init, (self.vocab_size, self.width), jnp.float32)
+        if not self.tied_head:
+            self.param("head", init, (self.vocab_size, self.width), jnp.float32)
+        x_BLD = embedding_VD[inputs.token_BL].astype(self.dtype) * self.width**0.5
+        router_input = _router_input(inputs)
+        num_layers = sum(s.count * len(s.blocks) for s in self.segments)
+        reports = []
+        for i, segment in enumerate(self.segments):
+            unit = _scan(segment, self.remat)(
+                segment=segment,
+                mesh=self.mesh,
+                output_scale=(2 * num_layers) ** -0.5,
+                train=train,
+                trace=trace,
+                cache_length=cache_length,
+                name=f"segment_{i}",
+            )
+            x_BLD, report = unit(x_BLD, router_input)
+            reports.append(report)
+        hidden = RMSNorm(self.norm_epsilon, name="final_norm")(x_BLD)
+        return Output(hidden, tuple(reports))
+
+
+def head(params: dict) -> jax.Array:
+    """Returns the output head, (V, D) float32."""
+    return params["head"] if "head" in params else params["embedding"]
+
+
+def logits(params: dict, hidden_BLD: jax.Array) -> jax.Array:
+    """Returns hidden @ head^T in float32: (B, L, V)."""
+    weight = head(params).astype(hidden_BLD.dtype)
+    return jnp.einsum("bld,vd->blv", hidden_BLD, weight, preferred_element_type=jnp.float32)
+
+
+def _scan(segment: Segment, remat: bool):
+    unit = nn.remat(_Unit, prevent_cse=False) if remat else _Unit
+    return nn.scan(
+        unit,
+        variable_axes={"params": 0, "router_state": 0, "quantized": 0, "cache": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=segment.count,
+    )
+
+
+def _router_input(inputs: Inputs) -> RouterInput:
+    batch, length = inputs.token_BL.shape
+    return RouterInput(
+        token_id_T=inputs.token_BL.reshape(-1),
+        sequence_T=jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length),
+        position_T=jnp.arange(batch * length, dtype=jnp.int32),
+        mask_T=inputs.mask_BL.reshape(-1),
+        domain_T=jnp.repeat(inputs.domain_B, length),
+        step=inputs.step,
+        train=None,
+    )
+
+
+def segments(blocks: list[BlockConfig]) -> tuple[Segment, ...]:
+    """Groups equal neighbours, and pairs or longer patterns that repeat, into segments.
+
+    >>> [(s.count, s.blocks) for s in segments(["d", "m", "m"])]
+    [(1, ('d',)), (2, ('m',))]
+    >>> [(s.count, s.blocks) for s in segments(["d", "m", "d", "m"])]
+    [(2, ('d', 'm'))]
+    """
+    found, i = [], 0
+    while i < len(blocks):
+        best = (
+            1,
+            1,
+        )  # (pattern length, repetitions), longest cover first, then the shortest pattern
+        for size in range(1, (len(blocks) - i) // 2 + 1):
+            count = 1
+            while blocks[i : i + size] == blocks[i + count * size : i + (count + 1) * size]:
+                count += 1
+            if count > 1 and size * count > best[0] * best[1]:
+                best = (size, count)
+        size, count = best
+        found.append(Segment(count=count, blocks=tuple(blocks[i : i + size])))
+        i += size * count
+    return tuple(found)
+
+
+def moe_layers(config) -> list[int]:
+    """Returns the indices of the blocks that have experts."""
+    if not config.moe.num_experts:
+        return []
+    first, every = config.moe.num_dense_layers, config.moe.every
+    return [i for i in range(first, config.model.num_layers) if (i - first + 1) % every == 0]
+
+
+def from_config(
+    config,
+    vocab_size: int,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    dtype: str | None = None,
+    precision: pallas_kernels.MatmulPrecision | None = None,
+) -> Transformer:
+    """Builds the model of a config: the only place that knows both config and modules.
+
+    Args:
+      config: a full config (config.load).
+      vocab_size: of the tokenizer.
+      mesh: devices; None takes the first one.
+      dtype: overrides config.model.dtype.
+      precision: formats of the expert matmuls, for evaluation; None: the model's dtype.
+    """
+    m = config.model
+    dense = BlockConfig(
+        attention=attention.AttentionConfig(
+            num_heads=m.num_heads,
+            num_kv_heads=m.num_kv_heads,
+            head_dim=m.head_dim,
+            rope_base=m.rope_base,
+        ),
+        dense_width=m.dense_width,
+        moe=None,
+        norm_epsilon=m.norm_epsilon,
+    )
+    blocks = [dense] * m.num_layers
+    sparse_layers = moe_layers(config)
+    if sparse_layers:
+        sparse = dataclasses.replace(dense, moe=_moe_config(config, precision))
+        for i in sparse_layers:
+            blocks[i] = sparse
+    return Transformer(
+        vocab_size=vocab_size,
+        width=m.width,
+        segments=segments(blocks),
+        norm_epsilon=m.norm_epsilon,
+        tied_head=m.tied_head,
+        dtype=jnp.dtype(dtype or m.dtype),
+        remat=m.remat,
+        mesh=mesh or parallel.make_mesh(1),
+    )
+
+
+def _moe_config(config, precision) -> moe.MoeConfig:
+    fields = config.router.to_dict()
+    router = routers.make(fields.pop("kind"), num_experts=config.moe.num_experts, **fields)
+    mechanisms = ((kind, balance.make(kind, **config.balance[kind])) for kind in balance.KINDS)
+    implementation = config.moe.implementation
+    return moe.MoeConfig(
+        router=router,
+        mechanisms=tuple((kind, m) for kind, m in mechanisms if m.strength),
+        expert_width=config.moe.expert_width,
+        shared_width=config.moe.num_shared_experts * config.moe.expert_width,
+        capacity_factor=config.moe.capacity_factor,
+        precision=precision,
+        implementation=None if implementation == "auto" else implementation,
+    )
+
+
+def init(model: Transformer, key: jax.Array) -> dict:
+    """Draws parameters and zero states: {"params", "router_state"}; the same on any number of devices."""
+    batch = model.mesh.size
+    inputs = Inputs(
+        token_BL=jnp.zeros((batch, 2), jnp.int32),
+        mask_BL=jnp.ones((batch, 2), bool),
+        domain_B=jnp.zeros((batch,), jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+    )
+    variables = model.init(key, inputs)
+    return {
+        "params": variables["params"],
+        "router_state": variables["router_state"] if "router_state" in variables else {},
+    }
+
+
+def summary(config, vocab_size: int) -> dict:
+    """Counts parameters, bytes and FLOPs of a config without touching a device.
+
+    FLOPs per token count two per multiply-add of every matmul on the token's path and full (not causal) attention over
+    `train.length` keys; training is three times the forward pass.
+
+    Returns:
+      parameters total/active/expert, bytes of parameters and optimizer state, flops_per_token forward/train.
+    """
+    from moelab import optimizer
+
+    model = from_config(config, vocab_size, parallel.abstract_mesh())
+    shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))["params"]
+    state = jax.eval_shape(optimizer.make(config, shapes).init, shapes)
+    total, expert = 0, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        total += leaf.size
+        expert += leaf.size if "['experts']" in jax.tree_util.keystr(path) else 0
+    m, layers = config.model, len(moe_layers(config))
+    share = config.router.k / config.moe.num_experts if layers else 0.0
+    active = total - expert + round(expert * share)
+    embedding = 0 if m.tied_head else vocab_size * m.width  # a look-up, not a matmul
+    attention_flops = 4 * config.train.length * m.num_heads * m.head_dim * m.num_layers
+    forward = 2 * (active - embedding) + attention_flops
+    nbytes = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))  # noqa: E731
+    return {
+        "parameters": {"total": total, "active": active, "expert": expert},
+        "bytes": {"parameters": nbytes(shapes), "optimizer": nbytes(state)},
+        "flops_per_token": {"forward": forward, "train": 3 * forward},
+    }
