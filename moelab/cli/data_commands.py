@@ -1,0 +1,66 @@
+"""`moelab data build` and `data show`: the text of a config. No jax beyond what the config's router imports."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moelab import environment
+from moelab.cli import output
+from moelab.cli.running import load_config
+
+
+def build(args: argparse.Namespace) -> int:
+    """Builds the dataset of a config, or finds it built, and prints its folder."""
+    dataset = _dataset(args)
+    if args.json:
+        output.print_json(
+            {"directory": dataset.directory, "sha256": dataset.sha256, "domains": dataset.domains}
+        )
+    else:
+        print(dataset.directory)
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """Prints sources, counts and a sample of each domain."""
+    from moelab import data
+
+    dataset = _dataset(args)
+    found = data.describe(dataset)
+    if args.json:
+        output.print_json(found)
+        return 0
+    print(f"{found['directory']}\nsha256 {found['sha256']}\n")
+    keys = ("split", "domain", "documents", "bytes", "tokens", "bytes_per_token")
+    output.print_table(keys, [[_cell(row[key]) for key in keys] for row in found["rows"]])
+    print()
+    keys = list(dict.fromkeys(key for row in found["sources"] for key in row if key != "sha256"))
+    output.print_table(keys, [[row.get(key) for key in keys] for row in found["sources"]])
+    if dataset.tokenizer.kind != "external":
+        print()
+        texts = ((one.domain, " ".join(one.text[:200].split())) for one in data.sample(dataset))
+        output.print_table(("domain", "sample"), [(domain, text[:70]) for domain, text in texts])
+    return 0
+
+
+def _dataset(args: argparse.Namespace):
+    from moelab import data
+
+    environment.prepare()
+    config = load_config(args).config
+    return data.build(config.data, config.tokenizer, progress=_progress if _shown(args) else None)
+
+
+def _shown(args: argparse.Namespace) -> bool:
+    return sys.stderr.isatty() and not args.json
+
+
+def _progress(text: str, done: int, total: int) -> None:
+    share = f" {done:,} of {total:,}" if total else (f" {done:,}" if done else "")
+    end = "\n" if total and done == total else ""
+    print(f"\r\x1b[K{text}{share}", end=end, file=sys.stderr, flush=True)
+
+
+def _cell(value: object) -> object:
+    return f"{value:.3f}" if isinstance(value, float) else value

@@ -1,0 +1,159 @@
+"""Finds and reads config files: experiment files, which are Python, and saved configs, which are JSON and only data."""
+
+from __future__ import annotations
+
+import ast
+import json
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_collections
+
+from moelab import spelling
+from moelab.errors import ConfigError
+
+
+def folders() -> list[Path]:
+    """Returns the experiment folders that bare names are looked up in: here, and beside the package."""
+    here, beside = Path("experiments"), Path(__file__).parent.parent / "experiments"
+    found = [here] if here.is_dir() else []
+    if beside.is_dir() and not (found and here.samefile(beside)):
+        found.append(beside)
+    return found
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    """Yields (name, path) of every experiment file; the name is the path below its folder, without the ending."""
+    for folder in folders():
+        for path in sorted(folder.rglob("*.py")):
+            if not path.name.startswith("_"):
+                yield path.relative_to(folder).with_suffix("").as_posix(), path
+
+
+def read(source: str) -> tuple[str, str, Mapping]:
+    """Reads a config file.
+
+    Args:
+      source: `path.py[:preset]`, `name[:preset]` of a file in experiments/, a config.json, or a run directory.
+
+    Returns:
+      The file with its preset, a name made of both, and the nested values.
+
+    Raises:
+      ConfigError: no such file or preset, or the file is broken (then with its line).
+    """
+    path, preset = _find(source)
+    label = f"{path}:{preset}" if preset else str(path)
+    if path.is_dir() or path.suffix == ".json":
+        if preset:
+            raise ConfigError(f"{source}: a saved config has no presets")
+        path = path / "config.json" if path.is_dir() else path
+        return label, path.absolute().parent.name, _read_json(path)
+    return label, "-".join(filter(None, (path.stem, preset))), _run(path, preset)
+
+
+def _find(source: str) -> tuple[Path, str]:
+    if Path(source).exists():
+        return _checked(Path(source)), ""
+    text, _, preset = source.partition(":")
+    if text and Path(text).exists():
+        return _checked(Path(text)), preset
+    found = _named(text)
+    if len(found) == 1:
+        return found[0], preset
+    if found:
+        raise ConfigError(f"{source}: several configs have this name: {', '.join(map(str, found))}")
+    raise ConfigError(f"{source}: no such config{_near(text)}")
+
+
+def _named(text: str) -> list[Path]:
+    """Finds a bare name; the nearer folder and the whole name win over the further and the last part."""
+    known = [(name, path) for name, path in files() if not text.endswith(".py")]
+    for folder in folders():
+        inside = [(name, path) for name, path in known if path.is_relative_to(folder)]
+        for key in (lambda name: name, lambda name: name.rpartition("/")[2]):
+            found = [path for name, path in inside if key(name) == text]
+            if found:
+                return found
+    return []
+
+
+def _checked(path: Path) -> Path:
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"{path}: a folder without config.json is no config; name a file in it")
+    return path
+
+
+def _near(text: str) -> str:
+    """Suggests paths where a path came and names where a name came."""
+    if "/" in text or text.endswith(".py"):
+        beside = [str(path) for path in sorted(Path(text).parent.glob("*.py"))]
+        known = [*dict.fromkeys([*beside, *(str(path) for _, path in files())])]
+    else:
+        whole = [name for name, _ in files()]
+        known = [*dict.fromkeys([*whole, *(name.rpartition("/")[2] for name in whole)])]
+    guess = spelling.hint(text, known)
+    if guess or not known:
+        return guess or "; there are no experiment files here"
+    return f"; there are {', '.join(known[:8])}" + (", ..." if len(known) > 8 else "")
+
+
+def _read_json(path: Path) -> Mapping:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        values = saved["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a saved config ({type(error).__name__}: {error})") from None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: not a saved config (config is no object)")
+    return values
+
+
+def _run(path: Path, preset: str) -> Mapping:
+    """Executes an experiment file and calls its get_config."""
+    space = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), space)
+        if not callable(space.get("get_config")):
+            raise ConfigError(f'{path}:1: no function get_config(preset="")')
+        _check_preset(path, preset, space)
+        config = space["get_config"](preset) if preset else space["get_config"]()
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}") from None
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{path}:{_line(error, path)}: {type(error).__name__}: {text}") from error
+    if isinstance(config, ml_collections.ConfigDict):
+        return config.to_dict()
+    if isinstance(config, Mapping):
+        return config
+    raise ConfigError(
+        f"{path}:1: get_config wants to return a ConfigDict, got {type(config).__name__}"
+    )
+
+
+def _line(error: Exception, path: Path) -> int:
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), 1)
+
+
+def _check_preset(path: Path, preset: str, space: Mapping) -> None:
+    presets = [name for name in space.get("PRESETS", ()) if name]
+    if preset and preset not in presets:
+        known = f"; it has {', '.join(presets)}" if presets else "; it has none"
+        guess = spelling.hint(preset, presets, prefix=f"{path}:") or known
+        raise ConfigError(f"{path}: no preset {preset!r}{guess}")
+
+
+def outline(path: Path) -> tuple[str, list[str]]:
+    """Returns an experiment file's first docstring line and its presets, without executing it."""
+    tree = ast.parse(path.read_bytes())
+    first = (ast.get_docstring(tree) or "").partition("\n")[0]
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PRESETS":
+            keys = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
+            return first, [key.value for key in keys if key.value]
+    return first, []

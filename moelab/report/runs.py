@@ -1,0 +1,123 @@
+"""A finished run as the report reads it, and the question whether several runs may stand in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from moelab import metrics
+from moelab.report import card as cards
+from moelab.report import documents
+
+REFERENCE = "float32"
+
+
+class ReportError(ValueError):
+    """A report that cannot be made; the message is ready for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run left behind.
+
+    Attributes:
+      directory: the run directory, or the folder of a card that stands alone.
+      card: the result card.
+      journal: records of metrics.jsonl in order; empty where there is none.
+      documents: the document table, or None where there is none.
+      notes: what could not be read, one line each, to be shown in the report.
+    """
+
+    directory: Path
+    card: dict[str, Any]
+    journal: list[dict[str, Any]]
+    documents: documents.Documents | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The card's evaluation rows, one per precision."""
+        return self.card["evaluation"]["rows"]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The evaluated domains in the card's order."""
+        return tuple(self.card["evaluation"].get("domains") or ())
+
+    @property
+    def reference(self) -> dict[str, Any] | None:
+        """The float32 row, or None."""
+        return next((row for row in self.rows if row["precision"] == REFERENCE), None)
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """Returns the journal's records of one kind: train, evaluation or event."""
+        return [record for record in self.journal if record.get("kind") == kind]
+
+
+def load(path: Path | str) -> Run:
+    """Reads a run directory, or a result card that stands alone (a committed baseline).
+
+    Missing or damaged metrics and documents are noted, not fatal: the card is what is reported.
+
+    Raises:
+      ReportError: there is no such path or no readable card.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ReportError(f"no such run: {path}")
+    try:
+        card = cards.read(path)
+    except cards.CardError as error:
+        hint = " (did the run finish?)" if path.is_dir() and "missing" in str(error) else ""
+        raise ReportError(f"{path}: {error}{hint}") from None
+    if not path.is_dir():
+        note = "This report is made from a result card alone: no curves, no intervals."
+        return Run(path.parent, card, [], None, (note,))
+    notes, journal, table = [], [], None
+    try:
+        journal = metrics.read(path / "metrics.jsonl")
+    except (OSError, metrics.MetricsError) as error:
+        notes.append(f"No curves: metrics.jsonl cannot be read ({_reason(error)}).")
+    try:
+        table = documents.read(path / documents.NAME)
+    except (OSError, documents.DocumentsError) as error:
+        notes.append(f"No intervals: {documents.NAME} cannot be read ({_reason(error)}).")
+    return Run(path, card, journal, table, tuple(notes))
+
+
+def _reason(error: Exception) -> str:
+    return "missing" if isinstance(error, FileNotFoundError) else str(error)
+
+
+def check_comparable(runs: list[Run]) -> None:
+    """Refuses runs whose numbers do not belong into one table.
+
+    Raises:
+      ReportError: names the two runs and the first difference in tokenizer, evaluation split or documents.
+    """
+    first = runs[0]
+    for other in runs[1:]:
+        difference = _difference(first, other)
+        if difference:
+            raise ReportError(
+                f"{first.directory} and {other.directory} cannot be compared: {difference}"
+            )
+
+
+def _difference(first: Run, other: Run) -> str:
+    tokenizers = [run.card["data"].get("tokenizer_sha256") for run in (first, other)]
+    if tokenizers[0] != tokenizers[1]:
+        return "tokenizers differ ({} and {})".format(*(str(t)[:12] for t in tokenizers))
+    for key in ("split", "domains", "documents", "tokens"):
+        values = [run.card["evaluation"].get(key) for run in (first, other)]
+        if values[0] != values[1]:
+            return f"evaluation {key} differ ({values[0]} and {values[1]})"
+    if first.documents is None or other.documents is None:
+        return ""
+    sets = [
+        set(zip(t.domain_D, t.document_D, t.bytes_D.tolist(), strict=True))
+        for t in (first.documents, other.documents)
+    ]
+    odd = len(sets[0] ^ sets[1])
+    return f"evaluation sets differ in {odd} documents" if odd else ""

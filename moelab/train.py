@@ -1,0 +1,321 @@
+"""A run from its first step to its card: train, survive, evaluate, report.
+
+Exit codes: 0 finished; 3 stopped after too many non-finite steps in a row; 75 pre-empted (SIGTERM or Ctrl-C), state
+saved, resumable by the same command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moelab import checkpoint, data, evaluate, metrics, optimizer, parallel, record
+from moelab import config as configs
+from moelab import model as model_lib
+from moelab import step as step_lib
+from moelab.errors import ConfigError
+from moelab.progress import TrainProgress, note
+
+EXIT_FINISHED, EXIT_NONFINITE, EXIT_PREEMPTED = 0, 3, 75
+
+# For the reliability tests: steps (1-based, comma-separated) whose loss is made NaN.
+INJECT_NAN = "MOELAB_INJECT_NAN"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+      directory: the run directory.
+      exit_code: 0, 3 or 75.
+      card: the result card of a finished run, else None.
+    """
+
+    directory: Path
+    exit_code: int
+    card: dict | None = None
+
+
+def run(
+    config,
+    workdir: str | Path,
+    *,
+    resume: str = "auto",
+    progress: bool = False,
+    config_file: str = "",
+    overrides: tuple[str, ...] | list[str] = (),
+    command: str = "",
+) -> Result:
+    """Trains a validated config in `workdir`, evaluates it, writes card and report; continues what is there.
+
+    Args:
+      config: a full config (config.load).
+      workdir: the run directory; never shared with another config, nor with another process at the same time.
+      resume: auto, never or must (see launch.run).
+      progress: draw a progress bar if standard error is a terminal.
+      config_file, overrides, command: recorded, not interpreted.
+
+    Raises:
+      ConfigError: the directory holds another config's run, or another process works in it.
+    """
+    workdir = Path(workdir)
+    configs.check_directory(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with _exclusive(workdir):
+        _write_config(workdir, configs.record(config, config_file, overrides))
+        finished = record.finished_card(workdir, config)
+        if finished is not None:
+            note(f"{workdir} is finished already; nothing to do (another --workdir starts anew)")
+            return Result(workdir, EXIT_FINISHED, finished)
+        dataset = data.build(config.data, config.tokenizer)
+        session = _Session(config, workdir, dataset, resume)
+        with session:
+            exit_code = session.train(progress)
+            card = None
+            if exit_code == EXIT_FINISHED:
+                card = session.conclude(config_file, list(overrides), command)
+        return Result(workdir, exit_code, card)
+
+
+class _Session:
+    """The open files, compiled step and state of one attempt at a run."""
+
+    def __init__(self, config, workdir: Path, dataset, resume: str):
+        self.config, self.workdir, self.dataset = config, workdir, dataset
+        self.mesh = parallel.make_mesh()
+        self.model = model_lib.from_config(config, dataset.tokenizer.vocab_size, self.mesh)
+        abstract = jax.eval_shape(lambda: model_lib.init(self.model, jax.random.key(0)))
+        self.optimizer = optimizer.make(config, abstract["params"])
+        self.schedule = optimizer.schedule(config, config.optimizer.learning_rate)
+        self.checkpoints = checkpoint.Checkpoints(
+            workdir / "checkpoints", keep=config.checkpoint.keep, on_event=self._event_later
+        )
+        self.events: list[tuple[str, int, dict]] = []
+        self.state = self._restore(resume)
+        self.first_step = int(self.state.step)
+        self._open_journal()
+        self.batches = data.train_batches(
+            dataset,
+            batch_size=config.train.batch_size,
+            length=config.train.length,
+            seed=config.seed,
+        )
+        self.saved_step = self.first_step if self.first_step else -1
+        self.skipped_in_row = int(self.state.skipped_in_row)
+        self.validator: evaluate.Validator | None = None
+
+    def __enter__(self) -> _Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.checkpoints.close()
+        self.journal.close()
+
+    def _event_later(self, event: str, step: int, detail: dict) -> None:
+        self.events.append((event, step, detail))
+
+    def _restore(self, resume: str) -> step_lib.TrainState:
+        init = jax.jit(
+            lambda: step_lib.init_state(self.model, self.optimizer, self.config.seed),
+            out_shardings=parallel.replicated(self.mesh),
+        )
+        sharding = parallel.replicated(self.mesh)
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            jax.eval_shape(init),
+        )
+        restored = self.checkpoints.restore_latest(abstract)
+        if restored is None:
+            if resume == "must":
+                raise ConfigError(f"{self.workdir} has no good checkpoint, and --resume=must")
+            return init()
+        return restored[1]
+
+    def _open_journal(self) -> None:
+        path = self.workdir / "metrics.jsonl"
+        earlier = metrics.read(path) if path.exists() else []
+        starts = [r for r in earlier if r.get("event") in ("started", "resumed")]
+        self.attempts = len(starts) + 1
+        if path.exists():
+            metrics.truncate_after(path, self.first_step)
+        kept = [r for r in earlier if r["step"] <= self.first_step and r["kind"] == "train"]
+        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+        board = self.workdir / "tensorboard" if self.config.logging.tensorboard else None
+        self.journal = metrics.MetricsWriter(path, board)
+        for event, step, detail in self.events:
+            # At the step from which the run goes on, so that no later truncation loses it.
+            self.event(event, min(step, self.first_step), detail | {"checkpoint": step})
+        if self.first_step:
+            note(f"resumed {self.workdir} from step {self.first_step}")
+        detail = {"attempt": self.attempts}
+        self.event("resumed" if self.first_step else "started", self.first_step, detail)
+
+    def event(self, event: str, step: int, detail: dict) -> None:
+        self.journal.write({"kind": "event", "step": step, "event": event, "detail": detail})
+
+    def train(self, progress: bool) -> int:
+        """Runs the remaining steps; returns the exit code."""
+        config, num_steps = self.config, self.config.train.num_steps
+        train_step = jax.jit(
+            step_lib.make_train_step(config, self.model, self.optimizer), donate_argnums=0
+        )
+        poisoned = _poisoned_steps()
+        self.started = self.window_start = time.perf_counter()
+        self.window_tokens = 0
+        with TrainProgress(num_steps, progress) as bar, _stop_signals() as stop:
+            for step in range(self.first_step + 1, num_steps + 1):
+                batch = self._place(self.batches[step - 1])
+                poison = np.float32("nan" if step in poisoned else 1.0)
+                self.state, report = train_step(self.state, batch, poison)
+                self._after_step(step, report, batch, bar)
+                if self.skipped_in_row >= config.train.max_nonfinite_steps:
+                    return self._stop_nonfinite(step)
+                if stop.is_set():
+                    return self._stop_preempted(step)
+        self._save(num_steps)
+        return EXIT_FINISHED
+
+    def _after_step(self, step: int, report, batch, bar: TrainProgress) -> None:
+        config = self.config
+        self.window_tokens += int(np.sum(batch.mask_BL))
+        self.skipped_in_row = int(report.skipped_in_row)  # waits for the step
+        if not report.finite:
+            note(f"step {step}: non-finite loss or gradient, skipped")
+        if step % config.logging.every == 0 or step in (1, config.train.num_steps):
+            entry = self._train_record(step, report)
+            self.journal.write(entry)
+            bar.update(entry)
+        if step % config.checkpoint.every == 0:
+            self._save(step)
+        if config.evaluation.every and step % config.evaluation.every == 0:
+            self._validate(step)
+
+    def _train_record(self, step: int, report) -> dict[str, Any]:
+        now = time.perf_counter()
+        tokens, self.window_tokens = self.window_tokens, 0
+        elapsed, self.window_start = now - self.window_start, now
+        config = self.config
+        return {
+            "kind": "train",
+            "step": step,
+            "loss": float(report.loss),
+            "balance": {name: float(value) for name, value in report.balance.items()},
+            "total_loss": float(report.total_loss),
+            "learning_rate": float(self.schedule(step - 1 - int(report.skipped))),
+            "gradient_norm": float(report.gradient_norm),
+            "tokens": step * config.train.batch_size * config.train.length,
+            "tokens_per_second": tokens / max(elapsed, 1e-9),
+            "seconds": self.seconds_before + now - self.started,
+            "skipped": not bool(report.finite),
+            "nonfinite_steps": int(report.skipped),
+            "router": metrics.router_record(
+                model_lib.moe_layers(config),
+                np.asarray(report.load_ME),
+                np.asarray(report.dropped_M),
+                np.asarray(report.logit_norm_M),
+            ),
+        }
+
+    def _validate(self, step: int) -> None:
+        started = time.perf_counter()
+        if self.validator is None:
+            self.validator = evaluate.Validator(self.config, self.model, self.dataset)
+        self.journal.write(self.validator.record(self.state, step))
+        # Looking is not training: its time is left out of tokens/s and of `seconds`.
+        spent = time.perf_counter() - started
+        self.window_start += spent
+        self.started += spent
+
+    def _place(self, batch):
+        sharding = parallel.batch_sharding(self.mesh)
+        return jax.tree.map(lambda a: jax.device_put(a, sharding), batch)
+
+    def _save(self, step: int) -> None:
+        if step != self.saved_step:
+            self.checkpoints.save(step, self.state)
+            self.saved_step = step
+
+    def _stop_nonfinite(self, step: int) -> int:
+        limit = self.config.train.max_nonfinite_steps
+        self.event("stopped", step, {"reason": f"{limit} non-finite steps in a row"})
+        note(
+            f"stopped at step {step}: {limit} non-finite steps in a row; the last finite state is in "
+            f"checkpoint {self.checkpoints.steps()[-1] if self.checkpoints.steps() else '(none yet)'}"
+        )
+        return EXIT_NONFINITE
+
+    def _stop_preempted(self, step: int) -> int:
+        self._save(step)
+        self.checkpoints.wait()
+        self.event("preempted", step, {})
+        note(f"stopped by a signal; saved step {step}; the same command resumes it")
+        return EXIT_PREEMPTED
+
+    def digest(self) -> str:
+        """The digest of the state, as the checkpoint's manifest has it."""
+        return checkpoint.state_digest(self.state)
+
+    def conclude(self, config_file: str, overrides: list[str], command: str) -> dict:
+        """Evaluates the last state, writes card and report, and returns the card."""
+        self.checkpoints.wait()
+        return record.conclude(self, config_file, overrides, command)
+
+
+def _poisoned_steps() -> set[int]:
+    text = os.environ.get(INJECT_NAN, "")
+    return {int(step) for step in text.split(",") if step}
+
+
+def _write_config(workdir: Path, entry: dict) -> None:
+    path = workdir / "config.json"
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _exclusive(workdir: Path) -> Iterator[None]:
+    """Holds the run directory's lock; the system releases it when the process ends, however it ends."""
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is working in {workdir}") from None
+        yield
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turns SIGTERM and the first Ctrl-C into an event that the loop looks at after each step."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous: dict[int, Callable | int | None] = {}
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
