@@ -88,15 +88,19 @@ def _checked(path: Path) -> Path:
 def _near(text: str) -> str:
     """Suggests paths where a path came and names where a name came."""
     if "/" in text or text.endswith(".py"):
-        beside = [str(path) for path in sorted(Path(text).parent.glob("*.py"))]
-        known = [*dict.fromkeys([*beside, *(str(path) for _, path in files())])]
+        known = {str(path): str(path) for path in sorted(Path(text).parent.glob("*.py"))}
+        known |= {f"experiments/{name}.py": str(path) for name, path in files()}
     else:
         whole = [name for name, _ in files()]
-        known = [*dict.fromkeys([*whole, *(name.rpartition("/")[2] for name in whole)])]
-    guess = spelling.hint(text, known)
-    if guess or not known:
-        return guess or "; there are no experiment files here"
-    return f"; there are {', '.join(known[:8])}" + (", ..." if len(known) > 8 else "")
+        known = {name: name for name in [*whole, *(name.rpartition("/")[2] for name in whole)]}
+    near = [known[name] for name in spelling.closest(text, known)]
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    if not known:
+        return "; there are no experiment files here"
+    return f"; there are {', '.join(list(known.values())[:8])}" + (
+        ", ..." if len(known) > 8 else ""
+    )
 
 
 def _read_json(path: Path) -> Mapping:

@@ -96,8 +96,11 @@ def vocab_size(config: ml_collections.ConfigDict) -> int:
 
 
 def summary(config: ml_collections.ConfigDict) -> dict[str, object]:
-    """Returns what a run would cost: parameters, bytes, FLOPs per token, steps and tokens. Touches no device."""
-    check(config)
+    """Returns what a run would cost: parameters, bytes, FLOPs per token, steps and tokens. Touches no device.
+
+    Args:
+      config: without problems (`check`).
+    """
     from moelab import model
 
     train = config.train

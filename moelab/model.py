@@ -234,20 +234,25 @@ def segments(blocks: list[BlockConfig]) -> tuple[Segment, ...]:
     """
     found, i = [], 0
     while i < len(blocks):
-        best = (
-            1,
-            1,
-        )  # (pattern length, repetitions), longest cover first, then the shortest pattern
-        for size in range(1, (len(blocks) - i) // 2 + 1):
-            count = 1
-            while blocks[i : i + size] == blocks[i + count * size : i + (count + 1) * size]:
-                count += 1
-            if count > 1 and size * count > best[0] * best[1]:
-                best = (size, count)
-        size, count = best
+        size, count = _repetition(blocks, i)
+        next_size, next_count = _repetition(blocks, i + 1)
+        if next_size * next_count > size * count:
+            size = count = 1  # a longer pattern starts one block later
         found.append(Segment(count=count, blocks=tuple(blocks[i : i + size])))
         i += size * count
     return tuple(found)
+
+
+def _repetition(blocks: list[BlockConfig], start: int) -> tuple[int, int]:
+    """Returns (length, repetitions) of the pattern at `start` that covers most blocks, the shortest such one."""
+    best = (1, 1)
+    for size in range(1, (len(blocks) - start) // 2 + 1):
+        count, pattern = 1, blocks[start : start + size]
+        while pattern == blocks[start + count * size : start + (count + 1) * size]:
+            count += 1
+        if count > 1 and size * count > best[0] * best[1]:
+            best = (size, count)
+    return best
 
 
 def moe_layers(config) -> list[int]:

@@ -87,9 +87,7 @@ def test_contract(kind):
     assert (np.abs(grad).max() > 0) == mechanism.has_loss
     whole = mechanism.observe(route_traced(logit))
     parts = [mechanism.observe(route_traced(part)) for part in (logit[:3], logit[3:])]
-    jax.tree.map(
-        lambda w, a, b: np.testing.assert_allclose(w, a + b, rtol=1e-6), whole, *parts
-    )
+    jax.tree.map(lambda w, a, b: np.testing.assert_allclose(w, a + b, rtol=1e-6), whole, *parts)
     new = mechanism.update(state, whole)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
     assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(new))

@@ -47,9 +47,9 @@ def test_uniform_logits_cost_log_v():
 
 def test_large_logits_do_not_overflow(case):
     hidden, head, target, weight = case
-    value, grads = jax.value_and_grad(
-        lambda h: loss.cross_entropy(h, head, target, weight, 4)[0]
-    )(hidden * 1e4)
+    value, grads = jax.value_and_grad(lambda h: loss.cross_entropy(h, head, target, weight, 4)[0])(
+        hidden * 1e4
+    )
     assert np.isfinite(value) and np.isfinite(grads).all()
 
 

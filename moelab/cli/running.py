@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _dry_run(args: argparse.Namespace, loaded: configs.Loaded, workdir: Path) -> int:
-    summary = launch.summary(loaded.config)
+    launch.check(loaded.config)
     configs.check_directory(loaded.config, workdir)
+    summary = launch.summary(loaded.config)
     summary = {"config_sha256": configs.sha256(loaded.config), "workdir": str(workdir), **summary}
     if args.json:
         output.print_json(summary)

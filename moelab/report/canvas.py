@@ -66,6 +66,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def layer_color(index: int, count: int) -> str:
+    """Picks a layer's colour: apart from the others where there are few, ordered by depth where many."""
     if count <= len(PALETTE):
         return PALETTE[index]
     import matplotlib as mpl
@@ -74,6 +75,7 @@ def layer_color(index: int, count: int) -> str:
 
 
 def label_axes(axes: Any, x: str, y: str) -> None:
+    """Names both axes, with a quiet grid and no box."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(True, color=RULE, lw=0.6)
@@ -84,6 +86,7 @@ def label_axes(axes: Any, x: str, y: str) -> None:
 
 @contextlib.contextmanager
 def single(height: float) -> Iterator[tuple[Any, Any]]:
+    """Opens a figure of one panel, `height` inches high."""
     with panels(1, height) as (figure, axes_L):
         yield figure, axes_L[0]
 
@@ -105,6 +108,7 @@ _STYLE = {
     "font.size": 11.5,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
+    "text.parse_math": False,  # a name with a $ is a name
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
     "text.color": INK,
     "axes.labelcolor": INK,

@@ -1,7 +1,7 @@
 """The report's figures as inline SVG: text stays text, colours follow the page's light or dark theme.
 
-Every figure is about 446 points wide, so that it reads on a phone and doubles up on a desktop. Importing matplotlib is
-left to `available`, because the extra `report` may be absent.
+Every figure is about 446 points wide, so that it reads on a phone and doubles up on a desktop. Ask `canvas.available`
+first: the extra `report` may be absent.
 
 S steps, L MoE layers, E experts, D domains.
 """
@@ -138,7 +138,7 @@ def violation_curve(run: Run) -> canvas.Figure | None:
             axes.plot(
                 step_S, canvas.smooth(values_SL[:, i]), color=color, lw=1.8, label=f"block {layer}"
             )
-        canvas.label_axes(axes, "optimizer step", "MaxVio (max / mean load − 1)")
+        canvas.label_axes(axes, "optimizer step", "MaxVio")
         axes.set_ylim(bottom=0)
         if len(layers) <= 8:
             axes.legend(frameon=False, loc="upper right", ncols=2 if len(layers) > 3 else 1)

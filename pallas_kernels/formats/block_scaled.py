@@ -22,8 +22,8 @@ Conventions, the same for all formats:
 
 K contraction axis (the last), N the axis before.
 
-References: arXiv:2509.25149 (NVFP4), arXiv:2512.02010 (Four Over Six), OCP MX v1.0; order of operations from Transformer
-Engine's `NVFP4QuantizerRef`.
+References: arXiv:2509.25149 (NVFP4), arXiv:2512.02010 (Four Over Six), OCP MX v1.0. The order of operations is that of
+Transformer Engine's `NVFP4QuantizerRef`.
 """
 
 from __future__ import annotations

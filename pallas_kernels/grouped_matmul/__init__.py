@@ -1,0 +1,22 @@
+"""Matmuls whose rows are grouped by expert, and the expert feed-forward built on them.
+
+`reference.py` defines the numerics; every other backend is compared with it.
+"""
+
+from pallas_kernels.grouped_matmul.api import (
+    IMPLEMENTATIONS,
+    expert_mlp,
+    grouped_matmul,
+    quantized_grouped_matmul,
+)
+from pallas_kernels.grouped_matmul.dispatch import routed_expert_mlp
+from pallas_kernels.grouped_matmul.precision import MatmulPrecision
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "MatmulPrecision",
+    "expert_mlp",
+    "grouped_matmul",
+    "quantized_grouped_matmul",
+    "routed_expert_mlp",
+]
