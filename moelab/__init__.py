@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 # Public name -> (submodule, name in it).
 _NAMES = {
+    "prepare": ("environment", "prepare"),
     "run": ("launch", "run"),
     "load_config": ("config", "load"),
     "from_dict": ("config", "from_dict"),

@@ -4,22 +4,19 @@ Orbax makes a save asynchronous and atomic, but restores a flipped bit without a
 step carries a manifest with the sha256 of every leaf, computed from the live arrays and committed with the step:
 
     <directory>/<step>/state      the arrays, one per leaf, named by their path in the state
-    <directory>/<step>/manifest   JSON: schema, step, digest of the whole state, {leaf: sha256, shape, dtype[, key]}
+    <directory>/<step>/manifest   JSON (see manifest.py)
 
 A step that does not read back as its manifest says is renamed to <step>.damaged and the step before it is tried.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import hashlib
-import json
 import logging
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,25 +24,34 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-# Raised when the manifest's layout changes.
-SCHEMA = 1
-# Orbax moves steps beyond `keep` here, then we delete them: a kill in the middle of a deletion leaves no half step
-# behind that looks damaged (measured without this: 1 in 10 kills).
-_RETIRED = "retired"
+from moelab.manifest import (
+    CheckpointError,
+    DamagedError,
+    MismatchError,
+    check_same_state,
+    describe,
+    describe_arrays,
+    named_leaves,
+    read_manifest,
+    state_digest,
+)
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "DamagedError",
+    "MismatchError",
+    "load",
+    "read_manifest",
+    "state_digest",
+    "verify",
+]
 
 Event = Callable[[str, int, dict], None]
 
-
-class CheckpointError(Exception):
-    """A checkpoint could not be written or read; the message is for the user."""
-
-
-class DamagedError(CheckpointError):
-    """A step does not read back as it was saved."""
-
-
-class MismatchError(CheckpointError):
-    """A step is intact, but holds another state than the one asked for."""
+# Orbax moves steps beyond `keep` here, then we delete them: a kill in the middle of a deletion would otherwise leave
+# half a step that looks damaged (seen once in twenty kills).
+_RETIRED = "retired"
 
 
 class _QuietOrbax(logging.Filter):
@@ -61,7 +67,8 @@ absl_logging.get_absl_logger().addFilter(_QuietOrbax())
 class Checkpoints:
     """The checkpoints of one run: saved asynchronously, verified when restored, the newest `keep` kept.
 
-    A context manager: leaving it waits for the save under way.
+    A context manager: leaving it waits for the save under way. One process at a time may hold a directory; to look at
+    another run's checkpoints use `load`.
 
     Args:
       directory: where the steps are; made if absent. Half-written steps of a killed process are removed.
@@ -107,8 +114,7 @@ class Checkpoints:
           CheckpointError: the step exists, a leaf is no array, or this or the previous save failed (disk full).
         """
         self.wait()
-        arrays, keys = _host_arrays(state)
-        manifest = _manifest(step, arrays, keys)
+        manifest, arrays = describe(step, state)
         arguments = ocp.args.Composite(
             # Orbax copies host arrays before it returns, so views of donated buffers are safe here; it refuses empty
             # arrays, which the manifest describes completely.
@@ -120,9 +126,8 @@ class Checkpoints:
             # force: otherwise Orbax silently saves nothing when a later step exists.
             saved = self._manager.save(step, args=arguments, force=True)
         except Exception as error:
-            raise CheckpointError(
-                f"cannot save step {step} in {self.directory}: {error}"
-            ) from error
+            where = f"step {step} in {self.directory}"
+            raise CheckpointError(f"cannot save {where}: {error}") from error
         if not saved:
             raise CheckpointError(f"Orbax declined to save step {step} in {self.directory}")
         return manifest["digest"]
@@ -139,42 +144,15 @@ class Checkpoints:
           (step, state), or None where there is no good step.
 
         Raises:
-          MismatchError: a good step holds a state of another shape.
+          MismatchError: the newest good step holds a state of another shape.
         """
         self.wait()
-        steps = self.steps()
-        for step in reversed(steps):
-            try:
-                return step, self.restore(step, abstract_state)
-            except DamagedError as error:
-                self._set_aside(step, str(error))
-        if steps:
-            listed = ", ".join(map(str, steps))
-            _warn(f"no good checkpoint in {self.directory}: all of {listed} are damaged")
-            self._on_event("checkpoints_exhausted", 0, {"steps": steps})
-        return None
+        return _newest_good(self.directory, abstract_state, self._set_aside, self._on_event)
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """Restores one step, verified; leaves are placed as in `restore_latest`.
-
-        Raises:
-          DamagedError: the step does not read back as it was saved.
-          MismatchError: the step holds a state of another shape.
-          CheckpointError: there is no such step.
-        """
+        """Restores one step, as `load` does."""
         self.wait()
-        path = self.directory / str(step)
-        if not path.is_dir():
-            raise CheckpointError(f"no step {step} in {self.directory}; there are {self.steps()}")
-        manifest = read_manifest(self.directory, step)
-        leaves, treedef = _named_leaves(abstract_state)
-        _check_same_state(manifest["leaves"], leaves, f"step {step} in {self.directory}")
-        arrays = _read_arrays(path, manifest)
-        placed = [
-            _place(arrays[name], leaf, manifest["leaves"][name].get("key"))
-            for name, leaf in leaves.items()
-        ]
-        return jax.tree.unflatten(treedef, placed)
+        return load(self.directory, abstract_state, step)[1]
 
     def steps(self) -> list[int]:
         """Lists the committed steps, oldest first."""
@@ -198,7 +176,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _clear_retired(self) -> None:
@@ -209,40 +187,45 @@ class Checkpoints:
         moved = _free_name(self.directory, f"{step}.damaged")
         os.rename(self.directory / str(step), moved)
         self._manager.reload()
-        _warn(f"skipped checkpoint {step}: {reason}; kept as {moved.name}, trying the one before")
+        _warn_skipped(step, f"{reason}; kept as {moved.name}")
         self._on_event("checkpoint_skipped", step, {"reason": reason, "moved_to": moved.name})
 
 
-def state_digest(state: Any) -> str:
-    """Hashes a state: sha256 over the sha256, shape and dtype of every leaf, by name.
+def load(
+    directory: str | os.PathLike, abstract_state: Any, step: int | None = None
+) -> tuple[int, Any]:
+    """Reads a checkpoint, verified, and changes nothing on disk: for evaluation, also of a run that is going on.
 
-    Two states have the same digest exactly when they have the same leaves, bit for bit (NaN payloads and the sign of
-    zero included).
-    """
-    return _manifest(0, *_host_arrays(state))["digest"]
+    Args:
+      directory: of the checkpoints.
+      abstract_state: the state's tree, of arrays or `jax.ShapeDtypeStruct`; a leaf's sharding is honoured.
+      step: which; None: the newest good one. Damaged ones are reported on stderr.
 
-
-def read_manifest(directory: str | os.PathLike, step: int) -> dict:
-    """Reads a step's manifest: {"schema", "step", "digest", "leaves": {name: {"sha256", "shape", "dtype"[, "key"]}}}.
+    Returns:
+      (step, state).
 
     Raises:
-      DamagedError: it is missing, unreadable, or does not agree with its own digest.
+      DamagedError: the step asked for does not read back as it was saved.
+      MismatchError: the step holds a state of another shape.
+      CheckpointError: there is no such step, or no good one.
     """
-    path = pathlib.Path(directory) / str(step) / "manifest" / "metadata"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        good = (
-            manifest["schema"] == SCHEMA
-            and manifest["step"] == step
-            and manifest["digest"] == _digest(manifest["leaves"])
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(
-            f"its manifest cannot be read ({type(error).__name__}: {error})"
-        ) from error
-    if not good:
-        raise DamagedError("its manifest was changed after it was written")
-    return manifest
+    directory = pathlib.Path(directory).absolute()
+    if step is None:
+        found = _newest_good(directory, abstract_state, _warn_skipped, lambda *event: None)
+        if found is None:
+            raise CheckpointError(f"no good checkpoint in {directory}")
+        return found
+    if step not in _steps(directory):
+        raise CheckpointError(f"no step {step} in {directory}; there are {_steps(directory)}")
+    manifest = read_manifest(directory, step)
+    leaves, treedef = named_leaves(abstract_state)
+    check_same_state(manifest["leaves"], leaves, f"step {step} in {directory}")
+    arrays = _read_arrays(directory / str(step), manifest)
+    placed = [
+        _place(arrays[name], leaf, manifest["leaves"][name].get("key"))
+        for name, leaf in leaves.items()
+    ]
+    return step, jax.tree.unflatten(treedef, placed)
 
 
 def verify(directory: str | os.PathLike) -> list[str]:
@@ -258,20 +241,36 @@ def verify(directory: str | os.PathLike) -> list[str]:
         try:
             _read_arrays(directory / str(step), read_manifest(directory, step))
         except DamagedError as error:
-            if (directory / str(step)).is_dir():  # else a running training has just retired it
+            if (directory / str(step)).is_dir():  # else a training under way has just retired it
                 problems.append(f"checkpoint {step}: {error}")
     return problems
+
+
+def _newest_good(
+    directory: pathlib.Path,
+    abstract_state: Any,
+    skip: Callable[[int, str], None],
+    on_event: Event,
+) -> tuple[int, Any] | None:
+    steps = _steps(directory)
+    for step in reversed(steps):
+        try:
+            return load(directory, abstract_state, step)
+        except DamagedError as error:
+            skip(step, str(error))
+    if steps:
+        listed = ", ".join(map(str, steps))
+        _warn(f"no good checkpoint in {directory}: all of {listed} are damaged")
+        on_event("checkpoints_exhausted", 0, {"steps": steps})
+    return None
 
 
 def _steps(directory: pathlib.Path) -> list[int]:
     # Orbax commits a step by renaming its folder to the bare number.
     if not directory.is_dir():
         return []
-    return sorted(
-        int(p.name)
-        for p in directory.iterdir()
-        if p.name.isdecimal() and str(int(p.name)) == p.name
-    )
+    names = (path.name for path in directory.iterdir())
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def _free_name(directory: pathlib.Path, name: str) -> pathlib.Path:
@@ -285,62 +284,8 @@ def _warn(text: str) -> None:
     print(f"moelab: WARNING: {text}", file=sys.stderr, flush=True)
 
 
-def _named_leaves(state: Any) -> tuple[dict[str, Any], Any]:
-    path_leaf, treedef = jax.tree_util.tree_flatten_with_path(state)
-    leaves = {jax.tree_util.keystr(p, simple=True, separator="/") or ".": x for p, x in path_leaf}
-    if len(leaves) != len(path_leaf):
-        raise CheckpointError("two leaves of the state have the same path; does a key contain '/'?")
-    return leaves, treedef
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _host_arrays(state: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns the leaves on the host (views, where the host is the device) and the kinds of PRNG keys among them."""
-    leaves, _ = _named_leaves(state)
-    keys = {name: str(jax.random.key_impl(x)) for name, x in leaves.items() if _is_key(x)}
-    arrays = {}
-    for name, leaf in leaves.items():
-        data = jax.random.key_data(leaf) if name in keys else leaf
-        if isinstance(data, jax.Array) and not data.is_fully_addressable:
-            raise CheckpointError(f"leaf {name} is spread over processes: not supported yet")
-        array = np.asarray(data)
-        if array.dtype.hasobject or array.dtype.kind in "SU":
-            raise CheckpointError(
-                f"leaf {name} is a {type(leaf).__name__}; a state holds arrays only"
-            )
-        arrays[name] = array
-    return arrays, keys
-
-
-def _manifest(step: int, arrays: Mapping[str, np.ndarray], keys: Mapping[str, str]) -> dict:
-    leaves = _entries(arrays)
-    for name, kind in keys.items():
-        leaves[name]["key"] = kind
-    return {"schema": SCHEMA, "step": step, "digest": _digest(leaves), "leaves": leaves}
-
-
-def _entries(arrays: Mapping[str, np.ndarray]) -> dict[str, dict]:
-    # sha256 releases the GIL: two threads hash 120 MB in 0.05 s instead of 0.08.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(arrays, pool.map(_entry, arrays.values()), strict=True))
-
-
-def _entry(array: np.ndarray) -> dict:
-    # uint8 view: hashlib knows no bfloat16. reshape(-1) keeps scalars viewable and copies only odd strides.
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return {
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "shape": list(array.shape),
-        "dtype": array.dtype.name,
-    }
-
-
-def _digest(leaves: dict) -> str:
-    text = json.dumps(leaves, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _warn_skipped(step: int, reason: str) -> None:
+    _warn(f"skipped checkpoint {step}: {reason}; trying the one before")
 
 
 def _read_arrays(path: pathlib.Path, manifest: dict) -> dict[str, np.ndarray]:
@@ -354,16 +299,13 @@ def _read_arrays(path: pathlib.Path, manifest: dict) -> dict[str, np.ndarray]:
     except MemoryError:
         raise  # says something about the machine, not about the step
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-        reason = " ".join(str(error).split())[:300]
-        raise DamagedError(
-            f"its arrays cannot be read ({type(error).__name__}: {reason})"
-        ) from error
-    for name, entry in _entries(arrays).items():
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise DamagedError(f"its arrays cannot be read ({reason})") from error
+    for name, entry in describe_arrays(arrays).items():
         for field, value in entry.items():
             if value != wanted[name][field]:
-                raise DamagedError(
-                    f"leaf {name}: {field} is {value}, was saved as {wanted[name][field]}"
-                )
+                saved = wanted[name][field]
+                raise DamagedError(f"leaf {name}: {field} is {value}, was saved as {saved}")
     return arrays
 
 
@@ -375,33 +317,6 @@ def _only(name: str) -> ocp.args.PyTreeRestore:
         restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
         partial_restore=True,
     )
-
-
-def _check_same_state(saved: dict[str, dict], leaves: dict[str, Any], where: str) -> None:
-    problems = [f"lacks {name}" for name in leaves if name not in saved]
-    problems += [f"has {name}, which is not wanted" for name in saved if name not in leaves]
-    for name, leaf in leaves.items():
-        if name in saved:
-            found, wanted = _description(saved[name]), _leaf_description(leaf)
-            if found != wanted:
-                problems.append(f"has {name} as {found}, wanted {wanted}")
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise MismatchError(f"{where} {'; '.join(problems[:5])}{more}: was it another config?")
-
-
-def _description(entry: dict) -> str:
-    dtype, shape = entry["dtype"], entry["shape"]
-    if "key" in entry:
-        data = jax.ShapeDtypeStruct(shape, dtype)
-        key = jax.eval_shape(lambda x: jax.random.wrap_key_data(x, impl=entry["key"]), data)
-        dtype, shape = key.dtype, key.shape
-    return f"{dtype}{list(shape)}"
-
-
-def _leaf_description(leaf: Any) -> str:
-    array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return f"{array.dtype}{list(array.shape)}"
 
 
 def _place(array: np.ndarray, leaf: Any, key: str | None) -> Any:

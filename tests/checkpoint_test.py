@@ -253,6 +253,22 @@ def test_nothing_good_left(copied, capsys):
     assert checkpoint.verify(copied) == []
 
 
+def test_load_steps_over_damage_and_changes_nothing(copied, capsys):
+    flip_in_data(copied / "2", random.Random(0))
+    half = copied / "3.orbax-checkpoint-tmp"  # of a training that is still going on
+    half.mkdir()
+    before = sorted(p.name for p in copied.iterdir())
+    abstract = jax.eval_shape(lambda: make_state(1))
+    step, restored = checkpoint.load(copied, abstract)
+    assert step == 1 and bits(restored) == bits(make_state(1))
+    assert "skipped checkpoint 2" in capsys.readouterr().err
+    with pytest.raises(checkpoint.DamagedError, match="leaf params/embedding: sha256 is"):
+        checkpoint.load(copied, abstract, step=2)
+    assert sorted(p.name for p in copied.iterdir()) == before
+    with pytest.raises(checkpoint.CheckpointError, match="no good checkpoint in .*nowhere"):
+        checkpoint.load(copied / "nowhere", abstract)
+
+
 def test_damaged_twice_keeps_both(copied):
     abstract = jax.eval_shape(lambda: make_state(1))
     with checkpoint.Checkpoints(copied, keep=3) as checkpoints:

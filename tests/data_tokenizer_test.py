@@ -8,7 +8,11 @@ import pytest
 
 from moelab.data import DataError, tokenizer
 
-PROSE = ["the cat sat on the mat. " * 40, "don't they'll we've\n\n  indented\ttabs\r\n", "été à Noël 12345 ½"]
+PROSE = [
+    "the cat sat on the mat. " * 40,
+    "don't they'll we've\n\n  indented\ttabs\r\n",
+    "été à Noël 12345 ½",
+]
 NASTY = [
     "",
     " ",

@@ -152,8 +152,8 @@ class PinnedCorpus:
         self.domains = domains
 
     def identity(self) -> dict:
-        """Returns what decides the content: names and hashes that documents() enforces."""
-        return {"domains": {name: DOMAINS[name].sha256 for name in self.domains}}
+        """Returns what decides the content: hashes that documents() enforces, in the domains' order."""
+        return {"domains": [[name, DOMAINS[name].sha256] for name in self.domains]}
 
     @functools.cached_property
     def _documents(self) -> list[Document]:

@@ -153,7 +153,7 @@ def dequantize(q: BlockScaled, dtype: jnp.dtype = jnp.float32) -> jax.Array:
       q: quantized array.
       dtype: of the result; products are float32, cast once at the end.
     """
-    return _dequantize(q, jnp.dtype(dtype))
+    return _dequantize(q.codes, q.scales, q.global_amax, q.format, jnp.dtype(dtype))
 
 
 def nbytes(q: BlockScaled) -> int:
@@ -189,30 +189,35 @@ def _quantize(x: jax.Array, format: str, rule: str, num_batch_axes: int) -> Bloc
     return BlockScaled(codes, scale, global_amax, format, rule)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _dequantize(q: BlockScaled, dtype: np.dtype) -> jax.Array:
-    element = FORMATS[q.format].element
-    if q.scales.dtype == jnp.float32:
-        scale = q.scales.reshape(q.scales.shape + (1,) * (q.ndim - q.scales.ndim))
-        return (elements.decode(q.codes, element) * scale).astype(dtype)
-    # Nibbles are decoded and scaled before they are interleaved: XLA fuses that into one pass over the codes.
-    nibbles = [q.codes & 15, q.codes >> 4] if element.bits == 4 else [q.codes]
-    value = [_scaled(elements.decode(nibble, element), q).astype(dtype) for nibble in nibbles]
-    return jnp.stack(value, axis=-1).reshape(q.shape)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _dequantize(
+    codes: jax.Array,
+    scales: jax.Array,
+    global_amax: jax.Array | None,
+    format: str,
+    dtype: np.dtype,
+) -> jax.Array:
+    spec = FORMATS[format]
+    if spec.block is None:
+        scale = scales.reshape(scales.shape + (1,) * (codes.ndim - scales.ndim))
+        return (elements.decode(codes, spec.element) * scale).astype(dtype)
 
+    def scaled(code):  # codes of every element, or of every second one
+        blocks = code.reshape(*scales.shape, code.shape[-1] // max(scales.shape[-1], 1))
+        value = elements.decode(blocks, spec.element)
+        if spec.scale == "e8m0":
+            value = elements.multiply_by_e8m0(value, scales[..., None])
+        else:
+            step = global_amax * _reciprocal(E2M1.max_value * spec.scale_bound)
+            step = step.reshape(step.shape + (1,) * (value.ndim - step.ndim))
+            value = (value * elements.decode(scales[..., None], E4M3)) * step
+        return value.reshape(code.shape).astype(dtype)
 
-def _scaled(value: jax.Array, q: BlockScaled) -> jax.Array:
-    """Multiplies decoded elements, any equal number per block, with the scales of their blocks."""
-    blocks = value.reshape(*q.scales.shape, value.shape[-1] // max(q.scales.shape[-1], 1))
-    scale = q.scales[..., None]
-    if q.global_amax is None:
-        return elements.multiply_by_e8m0(blocks, scale).reshape(value.shape)
-    bound = E2M1.max_value * FORMATS[q.format].scale_bound
-    global_scale = q.global_amax * _reciprocal(bound)
-    global_scale = global_scale.reshape(
-        global_scale.shape + (1,) * (blocks.ndim - global_scale.ndim)
-    )
-    return ((blocks * elements.decode(scale, E4M3)) * global_scale).reshape(value.shape)
+    if spec.element.bits == 8:
+        return scaled(codes)
+    # Interleaved last: XLA makes that one pass over the codes.
+    value = jnp.stack([scaled(codes & 15), scaled(codes >> 4)], axis=-1)
+    return value.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
 def _nvfp4(
@@ -227,40 +232,41 @@ def _nvfp4(
     tail = (1,) * (amax.ndim - global_amax.ndim)
     encode, decode = (g.reshape(g.shape + tail) for g in (encode, decode))
     ideal = amax * (encode * _reciprocal(E2M1.max_value))
-    code, scale, scaled = _nvfp4_with_scale(blocks, ideal, decode)
+    code, scale = _nvfp4_with_scale(blocks, ideal, decode)
     if rule == "amax":
         return code, scale
     # 4/6: the same block with its largest value at 4 instead of 6. A tie keeps 6.
-    code_4, scale_4, scaled_4 = _nvfp4_with_scale(blocks, ideal * jnp.float32(1.5), decode)
-    four = _squared_error(scaled_4, code_4, scale_4) < _squared_error(scaled, code, scale)
+    code_4, scale_4 = _nvfp4_with_scale(blocks, ideal * jnp.float32(1.5), decode)
+    wanted = blocks * encode[..., None]
+    four = _squared_error(wanted, code_4, scale_4) < _squared_error(wanted, code, scale)
     four = lax.optimization_barrier(four)
     return jnp.where(four[..., None], code_4, code), jnp.where(four, scale_4, scale)
 
 
 def _nvfp4_with_scale(
     blocks: jax.Array, ideal: jax.Array, decode: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns codes, E4M3 scales and x / step for given unrounded block scales."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns codes and E4M3 scales for given unrounded block scales."""
     scale = elements.encode(ideal, E4M3)
     step = elements.decode(scale, E4M3) * decode
     usable = step >= jnp.float32(_SMALLEST_NVFP4_STEP)
     scale = jnp.where(usable, scale, jnp.uint8(0))
-    # A division by a step that is then broadcast; dividing the block by it is rewritten by XLA in ways that differ.
+    # A reciprocal and a product: XLA rewrites a division of the block by its step, eagerly or not.
     reciprocal = jnp.where(usable, 1 / step, jnp.float32(0))
     scale, reciprocal = lax.optimization_barrier((scale, reciprocal))
-    scaled = blocks * reciprocal[..., None]
-    return lax.optimization_barrier(elements.encode(scaled, E2M1)), scale, scaled
+    code = elements.encode(blocks * reciprocal[..., None], E2M1)
+    return lax.optimization_barrier(code), scale
 
 
-def _squared_error(scaled: jax.Array, code: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns the sum of squared errors of blocks [..., 16], in units of the squared global scale.
+def _squared_error(wanted: jax.Array, code: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns the sum of squared errors of blocks [..., 16]; wanted is in units of the global scale.
 
-    The minima keep a compiler from contracting a product and a sum into one rounding, and the tree fixes the order of
-    the sum: near-ties must not depend on how the code was compiled.
+    The clip and the minimum keep a compiler from contracting a product and a sum into one rounding, and the tree fixes
+    the order of the sum: near-ties must not depend on how the code was compiled.
     """
     limit = jnp.float32(np.finfo(np.float32).max)
-    difference = jnp.clip(scaled, -limit, limit) - elements.decode(code, E2M1)
-    error = difference * elements.decode(scale, E4M3)[..., None]
+    value = elements.decode(code, E2M1) * elements.decode(scale, E4M3)[..., None]  # exact
+    error = jnp.clip(wanted, -limit, limit) - value
     error = jnp.minimum(error * error, limit)
     while error.shape[-1] > 1:
         half = error.shape[-1] // 2

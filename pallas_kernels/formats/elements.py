@@ -20,6 +20,7 @@ _MANTISSA_BITS = 23  # of float32
 _MANTISSA = (1 << _MANTISSA_BITS) - 1
 _HIDDEN_BIT = 1 << _MANTISSA_BITS
 _BIAS = 127  # of float32
+_EXPONENT = 0x7F800000
 _MAGNITUDE = 0x7FFFFFFF
 E8M0_NAN = 255
 E4M3_NAN = 0x7F
@@ -71,9 +72,15 @@ def encode(x: jax.Array, element: Element, exponent: jax.Array | int = 0) -> jax
       uint8 codes of x's shape; the sign of zero is kept.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    field = (bits & _MAGNITUDE) >> _MANTISSA_BITS
-    significand = (bits & _MANTISSA) | jnp.where(field > 0, _HIDDEN_BIT, 0)
-    field = jnp.maximum(field, 1) - exponent  # exponent field of x * 2^-exponent, unbounded
+    # A subnormal is an integer times 2^-149: as a float32 of its own, that integer is normalized. Zero stays too small
+    # to matter: a hidden bit at 2^-276.
+    normal = (bits & _EXPONENT) > 0
+    integer = lax.bitcast_convert_type((bits & _MANTISSA).astype(jnp.float32), jnp.int32)
+    magnitude = jnp.where(normal, bits & _MAGNITUDE, integer)
+    significand = (magnitude & _MANTISSA) | _HIDDEN_BIT
+    field = (
+        (magnitude >> _MANTISSA_BITS) - jnp.where(normal, 0, 149) - exponent
+    )  # of the scaled x, unbounded
     smallest = 1 - element.bias + _BIAS  # exponent field of the format's smallest normal number
     dropped = _MANTISSA_BITS - element.mantissa_bits + jnp.maximum(smallest - field, 0)
     dropped = jnp.minimum(dropped, _MANTISSA_BITS + 2)  # from here on everything rounds to zero

@@ -72,13 +72,13 @@ def _stop_packed(w_ENK: Weight) -> jax.Array:
 
 def _product(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T):
     end_E = jnp.cumsum(group_sizes_E)
-    row_T = jnp.arange(x_TK.shape[0])
-    mine_ET = (row_T < end_E[:, None]) & (row_T >= (end_E - group_sizes_E)[:, None])
+    row_1T = jnp.arange(x_TK.shape[0])[None, :]
+    mine_ET = (row_1T < end_E[:, None]) & (row_1T >= (end_E - group_sizes_E)[:, None])
     # Rows are masked before the product too: in its gradient 0 * NaN would be NaN.
     x_ETK = jnp.where(mine_ET[..., None], x_TK.astype(jnp.float32)[None], 0.0)
     y_ETN = jnp.einsum("etk,enk->etn", x_ETK, w_ENK, precision=jax.lax.Precision.HIGHEST)
     if row_scale_T is not None:
         y_ETN = y_ETN * row_scale_T.astype(jnp.float32)[None, :, None]
     if bias_EN is not None:
-        y_ETN = y_ETN + bias_EN.astype(jnp.float32)[:, None]
+        y_ETN = y_ETN + bias_EN.astype(jnp.float32)[:, None, :]
     return jnp.sum(jnp.where(mine_ET[..., None], y_ETN, 0.0), axis=0)

@@ -1,0 +1,135 @@
+"""Sampling of tokens, and the loop that continues a prompt token by token.
+
+B sequences, L prompt tokens, N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def sample(
+    logit_BV: jax.Array, key: jax.Array, *, temperature: float = 1.0, top_p: float = 1.0
+) -> jax.Array:
+    """Draws one token per sequence from the nucleus of softmax(logits / temperature).
+
+    Sequence b draws with fold_in(key, b): the same whatever else is in the batch.
+
+    Args:
+      logit_BV: floating point; -inf forbids a token.
+      key: PRNG key, not used by greedy sampling.
+      temperature: >= 0; 0 takes the most likely token, of several the lowest id.
+      top_p: in (0, 1]; mass of the nucleus (see `nucleus`), of the distribution after the temperature.
+
+    Returns:
+      token_B: int32; -1 where no distribution is defined (a NaN or +inf, or every token forbidden).
+
+    Raises:
+      ValueError: temperature or top_p is out of range.
+
+    Reference: arXiv:1904.09751, section 3.1 (nucleus sampling).
+    """
+    _check(logit_BV, temperature, top_p)
+    logit_BV = logit_BV.astype(jnp.float32)
+    largest_B = jnp.max(logit_BV, axis=1, keepdims=True)
+    # isnan is asked of each logit: a maximum may lose a NaN on some backends.
+    bad_B = jnp.any(jnp.isnan(logit_BV), axis=1) | ~jnp.isfinite(largest_B[:, 0])
+    if temperature == 0:
+        token_B = jnp.argmax(logit_BV, axis=1)
+    else:
+        # Less the maximum first, so that no temperature, however small, overflows.
+        shifted_BV = logit_BV - largest_B
+        shifted_BV = jnp.where(shifted_BV == 0, 0.0, shifted_BV / temperature)
+        if top_p < 1:
+            shifted_BV = jnp.where(nucleus(jax.nn.softmax(shifted_BV), top_p), shifted_BV, -jnp.inf)
+        key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logit_BV.shape[0]))
+        token_B = jax.vmap(jax.random.categorical)(key_B, shifted_BV)
+    return jnp.where(bad_B, -1, token_B).astype(jnp.int32)
+
+
+def nucleus(probability_BV: jax.Array, top_p: float) -> jax.Array:
+    """Finds the smallest set of most likely tokens whose mass is at least `top_p`.
+
+    A token is in it while the mass of those before it, in order of falling probability, is below top_p; of equally
+    likely tokens the lower id comes first. Sums are float32, in that order.
+
+    >>> nucleus(jnp.array([[0.25, 0.5, 0.125, 0.125]]), 0.8).tolist()
+    [[True, True, True, False]]
+
+    Args:
+      probability_BV: float32, rows sum to 1.
+      top_p: in (0, 1].
+
+    Returns:
+      bool_BV, at least one token true per row.
+    """
+    order_BV = jnp.argsort(probability_BV, axis=1, descending=True, stable=True)
+    ranked_BV = jnp.take_along_axis(probability_BV, order_BV, axis=1)
+    before_BV = jnp.cumsum(ranked_BV, axis=1) - ranked_BV
+    # The first is in whatever rounding says.
+    inside_BV = (before_BV < top_p).at[:, 0].set(True)
+    return jnp.put_along_axis(jnp.zeros_like(inside_BV), order_BV, inside_BV, 1, inplace=False)
+
+
+def generate(
+    step: Callable[[Any, jax.Array], tuple[jax.Array, Any]],
+    cache: Any,
+    prompt_BL: jax.Array,
+    key: jax.Array,
+    *,
+    num_tokens: int,
+    end_id: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> jax.Array:
+    """Continues prompts with a key-value cache; pure, so that it can be jitted as a whole.
+
+    Args:
+      step: (cache, token_BL) -> (logit_BV of the token after the last, cache): called with the prompt, then with one
+        token at a time.
+      cache: pytree that `step` passes on; long enough for the prompt and num_tokens - 1 more.
+      prompt_BL: int32, L >= 1; all prompts of a batch are equally long.
+      key: PRNG key; new token n draws with fold_in(key, n).
+      num_tokens: N >= 1.
+      end_id: a sequence that has drawn it goes on with it. -1: none does.
+      temperature, top_p: see `sample`.
+
+    Returns:
+      token_BN: int32.
+
+    Raises:
+      ValueError: an empty prompt, num_tokens < 1, or temperature or top_p out of range.
+    """
+    if prompt_BL.ndim != 2 or prompt_BL.shape[1] < 1 or num_tokens < 1:
+        raise ValueError(
+            f"generate needs prompts [B, L >= 1] and num_tokens >= 1, got {prompt_BL.shape} and {num_tokens}"
+        )
+
+    def draw(logit_BV: jax.Array, n: jax.Array, ended_B: jax.Array) -> jax.Array:
+        token_B = sample(logit_BV, jax.random.fold_in(key, n), temperature=temperature, top_p=top_p)
+        return jnp.where(ended_B, end_id, token_B).astype(jnp.int32)
+
+    def extend(carry, n: jax.Array):
+        cache, token_B, ended_B = carry
+        logit_BV, cache = step(cache, token_B[:, None])
+        token_B = draw(logit_BV, n, ended_B)
+        return (cache, token_B, ended_B | (token_B == end_id)), token_B
+
+    logit_BV, cache = step(cache, prompt_BL)
+    first_B = draw(logit_BV, jnp.int32(0), jnp.zeros(prompt_BL.shape[0], bool))
+    carry = (cache, first_B, first_B == end_id)
+    _, token_NB = jax.lax.scan(extend, carry, jnp.arange(1, num_tokens, dtype=jnp.int32))
+    return jnp.concatenate([first_B[:, None], token_NB.T], axis=1)
+
+
+def _check(logit_BV: jax.Array, temperature: float, top_p: float) -> None:
+    if logit_BV.ndim != 2:
+        raise ValueError(f"logits must be [batch, vocabulary], got shape {logit_BV.shape}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")

@@ -1,0 +1,224 @@
+"""The public grouped matmuls: arguments are checked here, once, and a backend is picked.
+
+T rows sorted by expert, K contraction axis, N output axis, E experts, D model width, F expert width, G = 2F.
+"""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import formats
+from pallas_kernels.grouped_matmul import ragged_dot, reference, xla_windows
+from pallas_kernels.grouped_matmul.precision import PLAIN, MatmulPrecision, Weight
+
+# In the order in which `None` and "auto" try them; a named one runs or raises NotImplementedError.
+IMPLEMENTATIONS: dict[str, types.ModuleType] = {
+    "xla_windows": xla_windows,
+    "reference": reference,
+    "ragged_dot": ragged_dot,
+}
+
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def grouped_matmul(
+    x_TK: jax.Array,
+    w_ENK: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    bias_EN: jax.Array | None = None,
+    row_scale_T: jax.Array | None = None,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiplies rows that are sorted by expert with their expert's weight.
+
+        y[t] = row_scale[t] * (w[e(t)] @ x[t]) + bias[e(t)]
+
+    e(t) is the expert whose group holds row t: the first group_sizes[0] rows belong to expert 0, and so on.
+
+    >>> x_TK = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    >>> w_ENK = jnp.array([[[1.0, 0.0]], [[0.0, 10.0]]])
+    >>> grouped_matmul(x_TK, w_ENK, jnp.array([1, 1])).tolist()
+    [[1.0], [40.0], [0.0]]
+
+    Args:
+      x_TK: (T, K) float32, bfloat16 or float16.
+      w_ENK: (E, N, K) float; output axis before input axis, as in checkpoints.
+      group_sizes_E: (E,) integers >= 0, rows per expert. Rows beyond their sum give zeros and get zero gradients. A
+        sum above T is refused where the values are known; traced, group ends are min(cumsum, T).
+      bias_EN: (E, N) float, added after the row scale.
+      row_scale_T: (T,) float.
+      out_dtype: of y; None is the dtype of x. Products and sums are float32, cast once.
+      implementation: key of IMPLEMENTATIONS; None or "auto" picks the fastest that works here.
+
+    Returns:
+      y_TN: (T, N). An expert without rows gets an exactly zero weight gradient.
+
+    Raises:
+      ValueError: shapes, dtypes or group sizes that do not fit; an unknown implementation.
+      NotImplementedError: the named implementation cannot compute this.
+    """
+    sizes_E = _check(x_TK, w_ENK, group_sizes_E)
+    num_experts, width, _ = w_ENK.shape
+    _check_shape("bias_EN", bias_EN, (num_experts, width), "(E, N)")
+    _check_shape("row_scale_T", row_scale_T, (x_TK.shape[0],), "(T,)")
+    out_dtype = _out_dtype(out_dtype, x_TK)
+    module = backend(implementation)
+    return module.grouped_matmul(x_TK, w_ENK, sizes_E, bias_EN, row_scale_T, PLAIN, out_dtype)
+
+
+def quantized_grouped_matmul(
+    x_TK: jax.Array,
+    w_ENK: Weight,
+    group_sizes_E: jax.Array,
+    precision: MatmulPrecision,
+    *,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiplies the values that quantized operands stand for; gradients are those of the unquantized product.
+
+    Args:
+      x_TK: (T, K) float.
+      w_ENK: (E, N, K) float, quantized per expert along K as precision.w says; or `BlockScaled`, dequantized, which
+        gets no gradient (that of x is computed with its dequantized value).
+      group_sizes_E: as in `grouped_matmul`.
+      precision: formats of x and of plain weights.
+      out_dtype: of y; None is the dtype of x.
+      implementation: as in `grouped_matmul`.
+
+    Returns:
+      y_TN: (T, N).
+
+    Raises:
+      ValueError: as in `grouped_matmul`; a precision.w that is not the format of packed weights.
+      NotImplementedError: the named implementation cannot compute this.
+    """
+    sizes_E = _check(x_TK, w_ENK, group_sizes_E)
+    precision = check_precision(precision, w_ENK)
+    out_dtype = _out_dtype(out_dtype, x_TK)
+    module = backend(implementation)
+    return module.grouped_matmul(x_TK, w_ENK, sizes_E, None, None, precision, out_dtype)
+
+
+def expert_mlp(
+    x_ND: jax.Array,
+    gate_up_EGD: Weight,
+    down_EDF: Weight,
+    group_sizes_E: jax.Array,
+    *,
+    precision: MatmulPrecision | None = None,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Applies each expert's SwiGLU feed-forward to its rows.
+
+        y[n] = down[e(n)] (silu(gate) * up),    [gate, up] = gate_up[e(n)] x[n]
+
+    Defined by its unfused composition of (quantized) grouped matmuls: the hidden layer in float32, its product cast
+    to the dtype of x.
+
+    Args:
+      x_ND: (N, D) float, rows sorted by expert.
+      gate_up_EGD: (E, 2F, D) float or `BlockScaled`; rows :F are the gate's, F: the up projection's.
+      down_EDF: (E, D, F) likewise.
+      group_sizes_E: as in `grouped_matmul`.
+      precision: formats of the operands, of both layers; None is plain float.
+      out_dtype: of y; None is the dtype of x.
+      implementation: as in `grouped_matmul`.
+
+    Returns:
+      y_ND: (N, D).
+
+    Raises:
+      ValueError, NotImplementedError: as in `quantized_grouped_matmul`.
+
+    Reference: SwiGLU, arXiv:2002.05202.
+    """
+    sizes_E = _check(x_ND, gate_up_EGD, group_sizes_E)
+    check_feed_forward(x_ND, gate_up_EGD, down_EDF)
+    precision = check_precision(precision, gate_up_EGD, down_EDF)
+    out_dtype = _out_dtype(out_dtype, x_ND)
+    module = backend(implementation)
+    return module.expert_mlp(x_ND, gate_up_EGD, down_EDF, sizes_E, precision, out_dtype)
+
+
+def check_feed_forward(x_ND: jax.Array, gate_up: Weight, down: Weight) -> None:
+    """Raises ValueError unless x, gate_up and down are a feed-forward: dtypes and shapes fit."""
+    _check_operands(x_ND, gate_up)
+    num_experts, hidden, width = gate_up.shape
+    if hidden % 2 or down.shape != (num_experts, width, hidden // 2):
+        raise ValueError(
+            f"gate_up must be (E, 2F, D) and down (E, D, F), got {gate_up.shape} and {down.shape}"
+        )
+    _check_float("down", down)
+
+
+def _check(x_TK, w_ENK, group_sizes_E) -> jax.Array:
+    """Returns group sizes as int32 whose sum is at most T."""
+    _check_operands(x_TK, w_ENK)
+    num_rows, num_experts = x_TK.shape[0], w_ENK.shape[0]
+    if not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
+        raise ValueError(f"group sizes must be integers, got {group_sizes_E.dtype}")
+    _check_shape("group_sizes_E", group_sizes_E, (num_experts,), "(E,), one per expert of w")
+    if not isinstance(group_sizes_E, jax.core.Tracer):
+        _check_sizes(np.asarray(group_sizes_E), num_rows)
+    # Traced sizes cannot be refused: whatever lies beyond the last row is cut off.
+    end_E = jnp.minimum(jnp.cumsum(group_sizes_E.astype(jnp.int32)), num_rows)
+    return jnp.diff(end_E, prepend=jnp.zeros(1, jnp.int32))
+
+
+def _check_sizes(sizes_E: np.ndarray, num_rows: int) -> None:
+    if sizes_E.min(initial=0) < 0:
+        raise ValueError(f"group sizes must not be negative, got {sizes_E.tolist()}")
+    if sizes_E.sum() > num_rows:
+        raise ValueError(f"group sizes sum to {sizes_E.sum()}, but x has {num_rows} rows")
+
+
+def _check_operands(x_TK, w_ENK) -> None:
+    if x_TK.ndim != 2 or w_ENK.ndim != 3 or x_TK.shape[1] != w_ENK.shape[2]:
+        raise ValueError(
+            f"x must be (T, K) and w (E, N, K) with the same K, got {x_TK.shape} and {w_ENK.shape}"
+        )
+    if not w_ENK.shape[0]:
+        raise ValueError(f"there must be at least one expert, got w of shape {w_ENK.shape}")
+    _check_float("x", x_TK)
+    _check_float("w", w_ENK)
+
+
+def _check_float(name: str, a: Weight) -> None:
+    if not isinstance(a, formats.BlockScaled) and a.dtype not in _FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {a.dtype}")
+
+
+def _check_shape(name: str, a, shape: tuple[int, ...], axes: str) -> None:
+    if a is not None and a.shape != shape:
+        raise ValueError(f"{name} must be {axes} = {shape}, got shape {a.shape}")
+
+
+def check_precision(precision: MatmulPrecision | None, *weights: Weight) -> MatmulPrecision:
+    precision = PLAIN if precision is None else precision
+    for w in weights:
+        if isinstance(w, formats.BlockScaled) and precision.w not in (None, w.format):
+            raise ValueError(
+                f"precision.w is {precision.w!r}, but the weights are packed {w.format}"
+            )
+    return precision
+
+
+def _out_dtype(out_dtype, x) -> jnp.dtype:
+    return jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+
+
+def backend(implementation: str | None) -> types.ModuleType:
+    if implementation in (None, "auto"):
+        return next(iter(IMPLEMENTATIONS.values()))
+    if implementation not in IMPLEMENTATIONS:
+        allowed = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"unknown implementation {implementation!r}; allowed: auto, {allowed}")
+    return IMPLEMENTATIONS[implementation]

@@ -1,0 +1,124 @@
+"""Recipes name formats that exist; packing takes the experts, all of them and nothing else."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moelab import quant, schema
+from moelab.quant import recipes
+from pallas_kernels import formats
+
+PACKED = [name for name in recipes.NAMES if recipes.get(name).packed]
+# Two layers, E=3 experts, D=32, F=64.
+SHAPES = {"gate_up": (2, 3, 128, 32), "down": (2, 3, 32, 64)}
+
+
+def make_params():
+    key = iter(jax.random.split(jax.random.key(0), 8))
+    draw = lambda shape: jax.random.normal(next(key), shape)  # noqa: E731
+    return {
+        "embedding": draw((8, 32)),
+        "segment_0": {
+            "moe": {
+                "experts": {name: draw(shape) for name, shape in SHAPES.items()},
+                "router": {"kernel": draw((2, 32, 3))},
+                "shared": {"gate_up": draw((2, 128, 32)), "down": draw((2, 32, 64))},
+            },
+            "norm": {},
+        },
+    }
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_recipes_are_named_after_what_they_do(name):
+    recipe = recipes.get(name)
+    assert recipe.name == name and recipe.label
+    assert recipe.activation_scale == "per_token"  # anything else lets tokens see the future
+    assert recipe.packed == (recipe.expert_weight in formats.FORMATS)
+    assert (recipe.expert_activation in formats.FORMATS) == name.endswith("_wa")
+    assert recipe.compute_dtype == ("bfloat16" if name == "bf16" else "float32")
+
+
+def test_default_precisions_are_recipes_and_float32_comes_first():
+    defaults = schema.Evaluation().precisions
+    assert set(defaults) <= set(recipes.NAMES) and defaults[0] == "float32"
+
+
+def test_a_misspelt_recipe_gets_the_nearest_name():
+    with pytest.raises(ValueError, match="unknown recipe 'nvfp4'; did you mean 'nvfp4_w'"):
+        recipes.get("nvfp4")
+    with pytest.raises(ValueError, match="choose from float32, bf16, fp8_w"):
+        recipes.get("zzz")
+
+
+def test_recipes_need_no_jax():
+    code = "import sys, moelab.quant.recipes; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_pack_takes_the_experts_and_only_them(name):
+    params, recipe = make_params(), recipes.get(name)
+    before = jax.tree.map(np.array, params)
+    rest, quantized = quant.pack(params, recipe)
+    jax.tree.map(np.testing.assert_array_equal, params, before)  # the argument is not changed
+
+    moe = params["segment_0"]["moe"]
+    assert rest["segment_0"].keys() == {"moe", "norm"} and rest["segment_0"]["norm"] == {}
+    assert rest["segment_0"]["moe"].keys() == {"router", "shared"}
+    assert rest["segment_0"]["moe"]["shared"].keys() == {"gate_up", "down"}
+    assert rest["embedding"] is params["embedding"]
+    assert quantized.keys() == {"segment_0"} and quantized["segment_0"].keys() == {"moe"}
+    assert quantized["segment_0"]["moe"].keys() == {"experts"}
+    for matrix, value in quantized["segment_0"]["moe"]["experts"].items():
+        assert value.shape == SHAPES[matrix] and value.format == recipe.expert_weight
+        # Each expert's matrix is what it would be alone: scales are shared with no other expert or layer.
+        alone = formats.quantize(moe["experts"][matrix][1, 2], recipe.expert_weight)
+        for got, wanted in zip(
+            jax.tree.leaves(jax.tree.map(lambda x: x[1, 2], value)),
+            jax.tree.leaves(alone),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["float32", "bf16"])
+def test_plain_recipes_pack_nothing(name):
+    params = make_params()
+    rest, quantized = quant.pack(params, recipes.get(name))
+    assert quantized == {} and jax.tree.structure(rest) == jax.tree.structure(params)
+
+
+# 2 layers x 3 experts x (128*32 + 32*64) = 36864 weights in 2*3*(128 + 32) = 960 output rows and 12 matrices.
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("float32", 4 * 36864),
+        ("bf16", 2 * 36864),
+        ("fp8_w", 36864 + 4 * 960),  # a byte a weight, a float32 a row
+        ("mxfp8_w", 36864 + 36864 // 32),  # a byte a weight, a byte per 32
+        ("mxfp4_w", 36864 // 2 + 36864 // 32),
+        ("nvfp4_w", 36864 // 2 + 36864 // 16 + 4 * 12),  # and a float32 a matrix
+        ("nvfp4_wa", 36864 // 2 + 36864 // 16 + 4 * 12),  # activations are not stored
+    ],
+)
+def test_expert_bytes(name, wanted):
+    params, recipe = make_params(), recipes.get(name)
+    assert quant.expert_bytes(params, recipe) == wanted
+    assert quant.expert_bytes(jax.eval_shape(lambda: params), recipe) == wanted
+    quantized = quant.pack(params, recipe)[1]
+    assert quant.expert_bytes(quantized or params, recipe) == wanted
+
+
+def test_what_does_not_fit_is_named():
+    recipe = recipes.get("nvfp4_w")
+    odd = {"block": {"experts": {"down": jnp.ones((2, 4, 24))}}}
+    with pytest.raises(ValueError, match="block/experts/down cannot be packed as nvfp4_w.*of 16"):
+        quant.pack(odd, recipe)
+    flat = {"experts": {"gate_up": jnp.ones((4, 32))}}
+    with pytest.raises(ValueError, match=r"experts/gate_up has shape \(4, 32\)"):
+        quant.pack(flat, recipe)
