@@ -36,7 +36,6 @@ _JAX_OPTIONS = (
     "jax_threefry_partitionable",
     "jax_numpy_dtype_promotion",
     "jax_numpy_rank_promotion",
-    "jax_compilation_cache_dir",
 )
 
 

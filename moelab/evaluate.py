@@ -23,6 +23,9 @@ from moelab import step as step_lib
 from moelab.quant import recipes
 
 
+REFERENCE = "float32"
+
+
 class Measured(NamedTuple):
     """What one precision gave on a list of batches.
 
@@ -46,7 +49,7 @@ class Evaluated:
     Attributes:
       rows: the card's rows, one per precision.
       columns: of documents.parquet.
-      load_by_domain: share per MoE layer, domain and expert at the first precision.
+      load_by_domain: share per MoE layer, domain and expert in float32.
       tokens, documents: how many were evaluated.
     """
 
@@ -140,7 +143,7 @@ def precision_of(recipe: recipes.Recipe) -> pallas_kernels.MatmulPrecision | Non
 def evaluate(
     config, params: Any, router_state: Any, dataset, split: str, precisions: Sequence[str]
 ) -> Evaluated:
-    """Evaluates parameters in each precision on the same documents; the first one is the reference.
+    """Evaluates parameters in each precision on the same documents, float32 first: it is the reference.
 
     Args:
       config: of the run.
@@ -148,13 +151,13 @@ def evaluate(
       router_state: states of the balancing mechanisms, used and not changed.
       dataset: data.Dataset.
       split: validation or test.
-      precisions: names of quant.recipes.
+      precisions: names of quant.recipes; float32 is added where it is missing.
     """
     part = dataset.split(split)
     batches = batches_of(config, dataset, split)
     sizes = (len(dataset.domains), config.moe.num_experts)
     rows, columns, reference = [], {}, None
-    for name in precisions:
+    for name in dict.fromkeys((REFERENCE, *precisions)):
         recipe = recipes.get(name)
         variables, expert_bytes = _variables(params, router_state, recipe)
         model = model_lib.from_config(

@@ -6,10 +6,14 @@ B sequences, L prompt tokens, N new tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from moelab import evaluate
+from moelab import model as model_lib
 
 
 def sample(
@@ -133,3 +137,80 @@ def _check(logit_BV: jax.Array, temperature: float, top_p: float) -> None:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def model_step(model: model_lib.Transformer, variables: dict, cache_length: int) -> Callable:
+    """Returns the `step` of `generate` for a model on one device; its first cache is {}.
+
+    Raises:
+      ValueError: a router looks at later tokens, so that one token at a time is another model.
+    """
+    for block in (block for segment in model.segments for block in segment.blocks):
+        if block.moe is not None and not block.moe.router.causal:
+            kind = type(block.moe.router).__module__.rpartition(".")[2]
+            raise ValueError(
+                f"router {kind} looks at later tokens: token by token is not the model that was trained"
+            )
+
+    def step(cache: dict, token_BL: jax.Array) -> tuple[jax.Array, dict]:
+        inputs = model_lib.Inputs(
+            token_BL,
+            jnp.ones(token_BL.shape, bool),
+            jnp.full(token_BL.shape[:1], -1, jnp.int32),
+            jnp.zeros((), jnp.int32),
+        )
+        out, cache = model.apply(
+            variables | cache, inputs, cache_length=cache_length, mutable=["cache"]
+        )
+        return model_lib.logits(variables["params"], out.hidden_BLD[:, -1:])[:, 0], cache
+
+    return step
+
+
+def generate_run(
+    workdir: str | Path,
+    prompt: str,
+    *,
+    step: str | int = "latest",
+    max_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """Continues a text with a run's checkpoint, up to the end of the document.
+
+    The prompt follows an end-of-document token, as every document did in training; an empty prompt starts one.
+
+    Args:
+      workdir: the run directory.
+      step: a checkpoint's step, or latest.
+      max_tokens: new tokens at most.
+      temperature, top_p, seed: see `sample`.
+
+    Returns:
+      The new text without the prompt.
+    """
+    loaded = evaluate.load_run(workdir, step)
+    tokenizer, state = loaded.dataset.tokenizer, loaded.state
+    model = model_lib.from_config(loaded.config, tokenizer.vocab_size)
+    tokens = [tokenizer.end_id, *tokenizer.encode(prompt)]
+
+    @jax.jit
+    def run(variables: dict, prompt_BL: jax.Array, key: jax.Array) -> jax.Array:
+        one_step = model_step(model, variables, len(tokens) + max_tokens)
+        return generate(
+            one_step,
+            {},
+            prompt_BL,
+            key,
+            num_tokens=max_tokens,
+            end_id=tokenizer.end_id,
+            temperature=temperature,
+            top_p=top_p,
+        )
+
+    variables = {"params": state.params, "router_state": state.router_state}
+    new = run(variables, jnp.asarray([tokens], jnp.int32), jax.random.key(seed))[0].tolist()
+    if tokenizer.end_id in new:
+        new = new[: new.index(tokenizer.end_id)]
+    return tokenizer.decode(new)

@@ -31,7 +31,7 @@ def distance(a: str, b: str, limit: int = 1000) -> int:
             if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
                 cost = min(cost, older[j - 2] + 1)
             row.append(cost)
-        if min(row) > limit and min(before) > limit:
+        if min(row) > limit:
             return limit + 1
     return min(row[-1], limit + 1)
 

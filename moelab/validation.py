@@ -186,14 +186,21 @@ def _data(config: ml_collections.ConfigDict) -> Iterator[Problem]:
 
 def _names(config: ml_collections.ConfigDict) -> Iterator[Problem]:
     choices = dict(_CHOICES)
-    implementations = importlib.import_module("pallas_kernels.grouped_matmul").IMPLEMENTATIONS
+    implementations = importlib.import_module("pallas_kernels").IMPLEMENTATIONS
     choices["moe.implementation"] = ("auto", *implementations)
     for path, names in choices.items():
         for value in _value(config, path):
             if value not in names:
                 yield Problem(path, f"must be one of {', '.join(names)}, got {value!r}")
-    recipes = importlib.import_module("moelab.quant.recipes").NAMES
-    yield from _listed("evaluation.precisions", config.evaluation.precisions, recipes)
+    names, recipes = config.evaluation.precisions, importlib.import_module("moelab.quant.recipes")
+    yield from _listed("evaluation.precisions", names, recipes.NAMES)
+    if config.moe.implementation == "ragged_dot":  # better now than after the training
+        packed = [name for name in names if name in recipes.NAMES and recipes.get(name).packed]
+        if packed:
+            message = (
+                f"cannot evaluate {packed[0]}: ragged_dot multiplies plain weights only; use auto"
+            )
+            yield Problem("moe.implementation", message)
 
 
 def _listed(path: str, given: tuple[str, ...], known: tuple[str, ...]) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ import pytest
 
 import moelab
 from moelab import cli, config, config_file, environment
-from moelab.cli import arguments
+from moelab.cli import arguments, output
 
 ROOT = Path(moelab.__file__).parent.parent
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py"))
@@ -50,6 +50,17 @@ def in_a_process(*argv, code=None, folder=ROOT, **variables):
     )
 
 
+def fastest(call, limit=1):
+    """Calls until it takes less than the limit, at most three times, since the machine may be busy."""
+    for _ in range(3):
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+        if seconds < limit:
+            break
+    return seconds, result
+
+
 class TestHelp:
     def test_answers_fast_and_without_jax(self):
         code = (
@@ -58,12 +69,10 @@ class TestHelp:
             "slow = {'jax', 'jaxlib', 'flax', 'numpy', 'ml_collections', 'rich'} & set(sys.modules)\n"
             "assert not slow, slow"
         )
-        start = time.perf_counter()
-        done = in_a_process(code=code)
+        seconds, done = fastest(lambda: in_a_process(code=code))
         assert done.returncode == 0, done.stderr
         assert "moelab run --config=demo" in done.stdout
-        # The bar is 1 s; it takes about 0.1 s, and as much again to start Python.
-        assert time.perf_counter() - start < 1.0
+        assert seconds < 1
 
     @pytest.mark.parametrize("command", ["", "run", "eval", "generate", "report", "verify", "env"])
     def test_of_every_command(self, moelab_main, command):
@@ -325,8 +334,17 @@ class TestRun:
         assert trained[0][0].moe.num_experts == 4
         moelab.run("tiny")
         assert str(trained[1][1]).startswith("runs/tiny-")
+
+    def test_checks_before_it_asks_for_devices(self, trained, monkeypatch):
+        import jax
+
+        monkeypatch.setattr(jax, "device_count", None)
         with pytest.raises(moelab.ConfigError, match="router.k must be at most"):
             moelab.run({"router": {"k": 100}}, "runs/mine")
+        monkeypatch.setattr(jax, "device_count", lambda: 3)
+        with pytest.raises(moelab.ConfigError, match="train.batch_size must be divisible"):
+            moelab.run({}, "runs/mine")
+        assert trained == []
 
     @pytest.mark.parametrize(
         ("error", "code", "line"),
@@ -371,9 +389,7 @@ class TestDryRun:
             "assert not sys.modules['jax._src.xla_bridge'].backends_are_initialized()\n"
             "sys.exit(code)"
         )
-        start = time.perf_counter()
-        done = in_a_process(code=code, folder=tmp_path)
-        seconds = time.perf_counter() - start
+        seconds, done = fastest(lambda: in_a_process(code=code, folder=tmp_path), limit=5)
         assert done.returncode == 0, done.stderr
         summary = json.loads(done.stdout)
         assert summary["tokens"] == summary["steps"] * 16 * 256
@@ -396,8 +412,23 @@ class TestEnvironment:
         assert found["cores"] == len(os.sched_getaffinity(0))
         assert found["packages"]["moelab"] == moelab.__version__
         assert found["devices"]["count"] >= 1
-        assert "grouped_matmul" in found["kernels"]
+        assert found["kernels"]["grouped_matmul"] == "xla_windows"
         assert "packages.jax " in moelab_main("env").out
+
+
+class TestTables:
+    ROWS = ("a", "long [bold]name[/bold]"), [(1, None), (True, ("x", "y")), (0.5, "")]
+
+    def test_in_a_pipe_are_plain_text(self, capsys):
+        output.print_table(*self.ROWS)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == ["a     long [bold]name[/bold]", "1     -", "true  x,y", "0.5"]
+
+    def test_at_a_terminal_are_drawn(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        output.print_table(("a", "b"), [(1, "[bold]x[/bold]")])
+        out = capsys.readouterr().out
+        assert "─" in out and "[bold]x[/bold]" in out  # cells are text, not markup
 
 
 class TestOtherCommands:

@@ -1,5 +1,6 @@
 """Config files, overrides, kinds, types, problems and hashes."""
 
+import dataclasses
 import json
 import textwrap
 
@@ -110,6 +111,7 @@ class TestBrokenFiles:
             ("x = 1\ndef get_config(:\n", "a.py:2: SyntaxError"),
             ("x = 1\n\nimport nowhere\n", "a.py:3: ModuleNotFoundError: No module named 'nowhere'"),
             (body("x = 1 / 0"), "a.py:4: ZeroDivisionError: division by zero"),
+            (body("f = lambda: 1 / 0", "", "f()"), "a.py:4: ZeroDivisionError"),  # where it broke
             (body("raise ValueError('two\\nlines')"), "a.py:4: ValueError: two lines"),
             ("def get_config(preset=''): return 3", "wants to return a ConfigDict, got int"),
             (
@@ -244,6 +246,22 @@ class TestKinds:
         loaded = config.load(file(), ["optimizer.kind=muon"])
         assert loaded.dropped == () and loaded.config.optimizer.beta == 0.9
 
+    def test_a_field_of_another_type_does_not_apply(self, file, monkeypatch):
+        def kind(name, wide):
+            default = dataclasses.field(default=wide)
+            fields_ = [
+                ("kind", str, dataclasses.field(default=name)),
+                ("wide", type(wide), default),
+            ]
+            return dataclasses.make_dataclass(name, fields_)
+
+        kinds = {"whole": kind("whole", 3), "share": kind("share", 0.5)}
+        monkeypatch.setitem(schema.KINDS, "schedule", kinds)
+        monkeypatch.setitem(schema.DEFAULT_KIND, "schedule", "whole")
+        loaded = config.load(file(body("c.schedule = dict(wide=7)")), ["schedule.kind=share"])
+        assert loaded.config.schedule.wide == 0.5
+        assert len(loaded.dropped) == 1 and loaded.dropped[0].startswith("schedule.wide=7 dropped")
+
     def test_routers_are_the_files_in_their_folder(self, file):
         name = file(body("c.router = dict(kind='top_k', k=3, score='sigmoid')"))
         loaded = config.load(name, ["router.kind=expert_choice"])
@@ -284,6 +302,7 @@ class TestProblems:
             (["moe.num_dense_layers=5"], "moe.num_dense_layers", "at most model.num_layers=4"),
             (["moe.capacity_factor=-1"], "moe.capacity_factor", "at least 0"),
             (["moe.implementation=cuda"], "moe.implementation", "auto"),
+            (["moe.implementation=ragged_dot"], "moe.implementation", "cannot evaluate fp8_w"),
             (
                 ["train.accumulation_steps=3"],
                 "train.accumulation_steps",
@@ -337,6 +356,8 @@ class TestProblems:
         [
             ["moe.expert_width=40", "evaluation.precisions=float32,bf16"],  # nothing in blocks
             ["moe.expert_width=48", "evaluation.precisions=nvfp4_w"],
+            ["moe.implementation=ragged_dot", "evaluation.precisions=float32,bf16"],
+            ["moe.implementation=reference"],
             ["moe.num_experts=0", "moe.expert_width=40", "router.k=3"],  # no experts at all
             ["router.k=16"],
             ["schedule.warmup_steps=200"],
@@ -371,6 +392,7 @@ class TestProblems:
         assert list(self.of("router.k=17")) == ["router.k"]
         assert list(self.of("router.k=0")) == ["router.k"]
         assert self.of("router.k=16") == {}
+        assert self.of("router.k=3", "moe.num_experts=0") == {}
 
 
 class TestHash:
@@ -468,6 +490,9 @@ class TestDirectory:
         config.check_directory(c, tmp_path / "new")
         (tmp_path / "empty").mkdir()
         config.check_directory(c, tmp_path / "empty")
+        for name in (".lock", "config.tmp"):  # of a run that was killed at once
+            (tmp_path / "empty" / name).touch()
+        config.check_directory(c, tmp_path / "empty")
         self.save(tmp_path / "run", c)
         config.check_directory(config.load("a.py", ["checkpoint.every=3"]).config, tmp_path / "run")
 
@@ -507,8 +532,6 @@ class TestFields:
                     assert fields.coerce(field.type, field.default) == field.default
 
     def test_a_router_field_that_no_config_can_hold_is_refused(self):
-        import dataclasses
-
         @dataclasses.dataclass
         class Router:
             num_experts: int
@@ -518,8 +541,6 @@ class TestFields:
             fields.of_class("router", Router)
 
     def test_an_int_default_of_a_float_field_is_a_float(self):
-        import dataclasses
-
         @dataclasses.dataclass
         class Mechanism:
             rate: float = 0
@@ -534,6 +555,14 @@ class TestFields:
 def test_outline_reads_presets_and_docstring_without_running(file, tmp_path):
     file('"""First.\n\nMore."""\nPRESETS = {"": 0, "x": 1}\nraise SystemExit\n')
     assert config_file.outline(tmp_path / "a.py") == ("First.", ["x"])
+
+
+def test_files_with_an_underscore_are_no_experiments(file, tmp_path):
+    (tmp_path / "experiments").mkdir()
+    file(name="experiments/_parts.py")
+    file(name="experiments/whole.py")
+    names = [name for name, _ in config_file.files()]
+    assert "whole" in names and "_parts" not in names
 
 
 def test_from_dict_takes_a_config_dict():

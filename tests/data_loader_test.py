@@ -37,6 +37,16 @@ def test_train_windows_are_cut_from_one_domain(dataset):
         np.testing.assert_array_equal(window.target_BL, stream[start + 1 : start + LENGTH + 1])
 
 
+def test_a_window_needs_one_token_more_than_its_length(dataset):
+    split = dataset.split("train")
+    shorter = min(map(len, split.tokens))
+    # The shorter domain is one target short; the longer has some whole windows.
+    longer = (max(map(len, split.tokens)) - 1) // shorter
+    assert len(loader.Windows(split, shorter, 1)) == longer
+    longer = (max(map(len, split.tokens)) - 1) // (shorter - 1)
+    assert len(loader.Windows(split, shorter - 1, 1)) == longer + 1
+
+
 def test_train_windows_know_the_document_of_each_target(dataset):
     split = dataset.split("train")
     document_of = [
@@ -56,12 +66,14 @@ def test_every_window_once_per_epoch_and_shuffled_anew(dataset):
     split, batch_size = dataset.split("train"), 4
     windows = loader.Windows(split, LENGTH, batch_size)
     batches = data.train_batches(dataset, batch_size=batch_size, length=LENGTH, seed=0)
-    steps = 3 * len(windows)  # batch_size epochs take len(windows) steps
+    steps = len(windows)  # batch_size epochs
     rows = [row.tobytes() for step in range(steps) for row in _rows(batches[step])]
     epochs = [rows[i : i + len(windows)] for i in range(0, len(rows), len(windows))]
     wanted = collections.Counter(_rows_of(windows))
-    assert len(epochs) == 12 and all(collections.Counter(epoch) == wanted for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 12
+    assert len(epochs) == batch_size and all(
+        collections.Counter(epoch) == wanted for epoch in epochs
+    )
+    assert len({tuple(epoch) for epoch in epochs}) == batch_size
     assert batches.steps_per_epoch == len(windows) / batch_size
 
 

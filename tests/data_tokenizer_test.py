@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from moelab.data import DataError, tokenizer
 
@@ -64,6 +65,21 @@ def _random_texts(count):
     generator = random.Random(0)
     letters = " \n\t\r\x0b\x0c\x1c\x1f\x85\u00a0\u1680\u2003\u2028\u3000\ufeffab'.é½中\u0301\x00"
     return ["".join(generator.choices(letters, k=generator.randrange(12))) for _ in range(count)]
+
+
+def test_a_piece_is_cut_the_same_anywhere():
+    """What encode_batch() rests on, for every character that is white space to someone."""
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    guarded = 0
+    for code in [*range(0x3100), 0xFEFF, 0x1F600]:
+        c = chr(code)
+        text = f"!{c}!  !{c} {c}!{c}{c} .\n{c}\n x{c}x 1{c}  1"
+        if tokenizer._UNSAFE.search(text):
+            guarded += 1
+            continue
+        words = [word for word, _ in cut(text)]
+        assert words == [w for piece in tokenizer._PIECE.findall(text) for w, _ in cut(piece)], code
+    assert guarded == 4  # \x1c to \x1f
 
 
 def test_batch_twice_and_with_a_full_memory(bpe, monkeypatch):

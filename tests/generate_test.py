@@ -10,11 +10,13 @@ import pytest
 from moelab import generate
 
 
-@functools.partial(jax.jit, static_argnames=("temperature", "top_p"))
+sample = jax.jit(generate.sample, static_argnames=("temperature", "top_p"))
+
+
 def draws(logit_V, seed, *, temperature=1.0, top_p=1.0):
     """20 000 draws from one distribution: the rows of one batch."""
     logit_BV = jnp.broadcast_to(logit_V, (20_000, logit_V.size))
-    return generate.sample(logit_BV, jax.random.key(seed), temperature=temperature, top_p=top_p)
+    return sample(logit_BV, jax.random.key(seed), temperature=temperature, top_p=top_p)
 
 
 def frequencies(token_B, size):
@@ -89,7 +91,7 @@ def test_nucleus_is_minimal_for_random_distributions():
 
 def test_a_row_does_not_see_its_batch():
     logit_BV = jax.random.normal(jax.random.key(1), (5, 100))
-    draw = functools.partial(generate.sample, key=jax.random.key(2), top_p=0.9)
+    draw = functools.partial(sample, key=jax.random.key(2), top_p=0.9)
     together = draw(logit_BV)
     np.testing.assert_array_equal(draw(logit_BV[:3]), together[:3])
     assert len(set(np.asarray(draw(jnp.broadcast_to(logit_BV[:1], (50, 100)))))) > 5

@@ -34,9 +34,10 @@ def show(args: argparse.Namespace) -> int:
     print(f"{found['directory']}\nsha256 {found['sha256']}\n")
     keys = ("split", "domain", "documents", "bytes", "tokens", "bytes_per_token")
     output.print_table(keys, [[_cell(row[key]) for key in keys] for row in found["rows"]])
-    print()
     keys = list(dict.fromkeys(key for row in found["sources"] for key in row if key != "sha256"))
-    output.print_table(keys, [[row.get(key) for key in keys] for row in found["sources"]])
+    if len(keys) > 1:
+        print()
+        output.print_table(keys, [[row.get(key) for key in keys] for row in found["sources"]])
     if dataset.tokenizer.kind != "external":
         print()
         texts = ((one.domain, " ".join(one.text[:200].split())) for one in data.sample(dataset))

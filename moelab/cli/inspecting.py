@@ -108,8 +108,14 @@ def env(args: argparse.Namespace) -> int:
 
 
 def kernels() -> dict[str, str]:
-    """Says which grouped matmul would run here."""
-    from pallas_kernels import grouped_matmul
+    """Says which grouped matmul would run here, and which others a config may name."""
+    import pallas_kernels
+    from pallas_kernels.grouped_matmul import api
 
-    names = ", ".join(grouped_matmul.IMPLEMENTATIONS)
-    return {"grouped_matmul": names, "gpu": "not built yet"}
+    chosen = api.backend(None)
+    named = pallas_kernels.IMPLEMENTATIONS
+    return {
+        "grouped_matmul": next(name for name, module in named.items() if module is chosen),
+        "others": ", ".join(name for name, module in named.items() if module is not chosen),
+        "gpu": "no GPU kernels are built yet; nothing has run on a GPU",
+    }

@@ -26,7 +26,8 @@ MIN_VOCAB = 257  # 256 bytes and the end token
 # A run of white space and the word after it: BPE never merges across the end of such a piece, so a
 # piece has the same tokens wherever it stands.
 _PIECE = re.compile(r"\s*\S+|\s+")
-# Python counts these as white space and the tokenizer does not; END spells a special token.
+# Python counts these four as white space and the tokenizer does not (the only such characters of
+# Unicode); END spells a special token.
 _UNSAFE = re.compile("[\x1c-\x1f]|" + re.escape(END))
 _MEMORY = 1_000_000  # pieces remembered before starting afresh
 _JOINED = 64  # pieces encoded as one string; measured best of 1, 64, 512

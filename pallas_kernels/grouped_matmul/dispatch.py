@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.grouped_matmul import api, expert_windows, windows, xla_windows
-from pallas_kernels.grouped_matmul.precision import MatmulPrecision, Weight
+from pallas_kernels.grouped_matmul.precision import PLAIN, MatmulPrecision, Weight
 
 _INT32_MAX = 2**31 - 1
 
@@ -189,14 +189,15 @@ def _fused(x_TD, weight_N, gate_up, down, plan, precision):
 def _fused_forward(x_TD, weight_N, gate_up, down, plan, precision):
     y_MD, hidden_MG = _experts(x_TD, gate_up, down, plan, precision, keep_hidden=True)
     y_TD = _sum_slots(y_MD, weight_N, plan, x_TD.shape[0]).astype(x_TD.dtype)
-    return y_TD, (x_TD, weight_N, gate_up, down, plan, hidden_MG)
+    kept_MD = None if precision == PLAIN else y_MD
+    return y_TD, (x_TD, weight_N, gate_up, down, plan, hidden_MG, kept_MD)
 
 
 def _fused_backward(precision, residuals, dy_TD):
-    x_TD, weight_N, gate_up, down, plan, hidden_MG = residuals
+    x_TD, weight_N, gate_up, down, plan, hidden_MG, y_MD = residuals
     scale_N = weight_N[plan.assignment_N]
     dx_MD, dgate_up, ddown, dweight_M = expert_windows.backward(
-        x_TD, plan.token_N, scale_N, gate_up, down, plan.group_sizes_E, hidden_MG, dy_TD
+        x_TD, plan.token_N, scale_N, gate_up, down, plan.group_sizes_E, hidden_MG, y_MD, dy_TD
     )
     dx_TD = _sum_slots(dx_MD, None, plan, x_TD.shape[0]).astype(x_TD.dtype)
     return dx_TD, _unsort(dweight_M, plan), dgate_up, ddown, None

@@ -49,7 +49,7 @@ def _backward(precision, out_dtype, residuals, dy_ND):
     x_ND, gate_up, down, group_sizes_E, hidden_MG = residuals
     row_N = jnp.arange(x_ND.shape[0], dtype=jnp.int32)
     dx_MD, dgate_up, ddown, _ = backward(
-        x_ND, row_N, None, gate_up, down, group_sizes_E, hidden_MG, dy_ND
+        x_ND, row_N, None, gate_up, down, group_sizes_E, hidden_MG, None, dy_ND
     )
     return _mask_tail(dx_MD, group_sizes_E, x_ND.shape[0]), dgate_up, ddown, None
 
@@ -88,16 +88,17 @@ def forward(
     x_TD = precision_lib.quantize_rows(x_TD, precision, jnp.ones(x_TD.shape[0], bool))
 
     def weights(expert):
-        return tuple(precision_lib.expert_weight(w, expert, precision) for w in (gate_up, down))
+        experts = (precision_lib.expert_weight(w, expert, precision) for w in (gate_up, down))
+        return tuple(map(windows.transposed, experts))
 
     def body(expert, start, mine_R1, weights, buffers):
-        gate_up_GD, down_DF = weights
+        gate_up_DG, down_FD = weights
         x_RD = windows.take(x_TD, row_M, start, mine_R1.shape[0])
-        hidden_RG = _times_transposed(x_RD, gate_up_GD)
+        hidden_RG = x_RD @ gate_up_DG
         gate_RF, up_RF = jnp.split(hidden_RG, 2, axis=-1)
         act_RF = (jax.nn.silu(gate_RF) * up_RF).astype(x_TD.dtype)
         act_RF = precision_lib.quantize_rows(act_RF, precision, mine_R1[:, 0]).astype(jnp.float32)
-        y_RD = _times_transposed(act_RF, down_DF)
+        y_RD = act_RF @ down_FD
         values = (y_RD, hidden_RG)[: len(buffers)]
         return tuple(windows.put(b, v, start) for b, v in zip(buffers, values, strict=True)), ()
 
@@ -119,6 +120,7 @@ def backward(
     down: Weight,
     group_sizes_E: jax.Array,
     hidden_MG: jax.Array,
+    y_MD: jax.Array | None,
     dy_TD: jax.Array,
 ) -> tuple[jax.Array, Weight | None, Weight | None, jax.Array | None]:
     """Gradients of sum over n of scale[n] * <y[n], dy[row[n]]> for the y of `forward`.
@@ -127,6 +129,7 @@ def backward(
       x_TD, row_N, gate_up, down, group_sizes_E: as in `forward`.
       scale_N: float32 factor of each assignment's output, in sorted order; None is 1.
       hidden_MG: from `forward`.
+      y_MD: from `forward`, for the gradient of scale where the product was quantized; None: it was not.
       dy_TD: gradient that reaches each token.
 
     Returns:
@@ -148,7 +151,10 @@ def backward(
         hidden_RG = lax.dynamic_slice_in_dim(hidden_MG, start, height).astype(jnp.float32)
         dact_RF = dy_RD @ down_DF
         act_RF, dact_to_dhidden = _swiglu(jnp.where(mine_R1, hidden_RG, 0.0))
+        # <dy, down act> = <down.T dy, act>: no output needed, unless it came from other operands than these.
         dscale_R = jnp.sum(dact_RF * act_RF, axis=1)
+        if y_MD is not None:
+            dscale_R = jnp.sum(dy_RD * lax.dynamic_slice_in_dim(y_MD, start, height), axis=1)
         if scale_M is not None:
             scale_R1 = lax.dynamic_slice_in_dim(scale_M, start, height)[:, None]
             scale_R1 = jnp.where(mine_R1, scale_R1, 0.0)
@@ -157,9 +163,9 @@ def backward(
         additions = ()
         if not frozen[0]:
             x_RD = jnp.where(mine_R1, windows.take(x_TD, row_M, start, height), 0.0)
-            additions += (_transposed_times(dhidden_RG, x_RD),)
+            additions += (windows.transposed_times(dhidden_RG, x_RD),)
         if not frozen[1]:
-            additions += (_transposed_times(dy_RD, act_RF),)
+            additions += (windows.transposed_times(dy_RD, act_RF),)
         values = (dhidden_RG @ gate_up_GD, dscale_R)[: len(buffers)]
         written = tuple(windows.put(b, v, start) for b, v in zip(buffers, values, strict=True))
         return written, additions
@@ -201,11 +207,3 @@ def _swiglu(hidden_RG: jax.Array):
 def _mask_tail(a_MD: jax.Array, group_sizes_E: jax.Array, num_rows: int) -> jax.Array:
     inside_N = jnp.arange(num_rows) < jnp.sum(group_sizes_E)
     return jnp.where(inside_N[:, None], a_MD[:num_rows], jnp.zeros((), a_MD.dtype))
-
-
-def _times_transposed(x_RK: jax.Array, w_NK: jax.Array) -> jax.Array:
-    return lax.dot_general(x_RK, w_NK, (((1,), (1,)), ((), ())))
-
-
-def _transposed_times(dy_RN: jax.Array, x_RK: jax.Array) -> jax.Array:
-    return lax.dot_general(dy_RN, x_RK, (((0,), (0,)), ((), ())))

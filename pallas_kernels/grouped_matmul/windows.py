@@ -125,6 +125,20 @@ def put(buffer: jax.Array, value: jax.Array, start: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(buffer, value.astype(buffer.dtype), start, 0)
 
 
+def transposed(w_NK: jax.Array) -> jax.Array:
+    """Returns the (K, N) copy of an expert's weight.
+
+    XLA's matmul packs a transposed operand slowly; copying the slice in this order costs no more than copying it as it
+    is, if a barrier keeps the transposition out of the matmul.
+    """
+    return lax.optimization_barrier(w_NK.T)
+
+
+def transposed_times(dy_RN: jax.Array, x_RK: jax.Array) -> jax.Array:
+    """dy.T @ x: a window's share of a weight gradient, (N, K)."""
+    return lax.dot_general(dy_RN, x_RK, (((0,), (0,)), ((), ())))
+
+
 def zeros(shape: tuple[int, ...], dtype, like: tuple) -> jax.Array:
     """Zeros for a loop carry; they vary over the mesh axes that any of `like` varies over (see `vary_alike`)."""
     return _vary(jnp.zeros(shape, dtype), _varying(like))

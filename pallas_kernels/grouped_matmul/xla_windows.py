@@ -10,7 +10,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import formats
 from pallas_kernels.grouped_matmul import expert_windows, reference, windows
@@ -51,11 +50,11 @@ def _grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, precision,
     row_M = _row_index(num_rows, heights)
 
     def weights(expert):
-        return precision_lib.expert_weight(w_ENK, expert, precision)
+        return windows.transposed(precision_lib.expert_weight(w_ENK, expert, precision))
 
-    def body(expert, start, mine_R1, w_NK, buffers):
+    def body(expert, start, mine_R1, w_KN, buffers):
         x_RK = windows.take(x_TK, row_M, start, mine_R1.shape[0])
-        y_RN = _times_transposed(x_RK, w_NK)
+        y_RN = x_RK @ w_KN
         if row_scale_T is not None:
             y_RN = y_RN * _column(row_scale_T, row_M, start, mine_R1)
         if bias_EN is not None:
@@ -97,7 +96,7 @@ def _backward(precision, out_dtype, operands, dy_TN):
         written = (windows.put(buffers[0], dx_RK, start),)
         if row_scale_T is not None:
             written += (windows.put(buffers[1], dscale_R, start),)
-        additions = () if frozen else (_transposed_times(dy_RN, x_RK),)
+        additions = () if frozen else (windows.transposed_times(dy_RN, x_RK),)
         return written, additions + ((dbias_N,) if bias_EN is not None else ())
 
     like = (x_TK, w_ENK, group_sizes_E)
@@ -131,11 +130,3 @@ def _row_index(num_rows: int, heights: tuple[int, ...]) -> jax.Array:
 
 def _column(a_T: jax.Array, row_M: jax.Array, start: jax.Array, mine_R1: jax.Array) -> jax.Array:
     return windows.take(a_T, row_M, start, mine_R1.shape[0])[:, None]
-
-
-def _times_transposed(x_RK: jax.Array, w_NK: jax.Array) -> jax.Array:
-    return lax.dot_general(x_RK, w_NK, (((1,), (1,)), ((), ())))
-
-
-def _transposed_times(dy_RN: jax.Array, x_RK: jax.Array) -> jax.Array:
-    return lax.dot_general(dy_RN, x_RK, (((0,), (0,)), ((), ())))

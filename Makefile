@@ -1,0 +1,54 @@
+# make demo        installs, then trains, quantizes and reports a small MoE (about four minutes after the installation)
+# make test        installs, then runs the tests
+# make test-slow   the tests that take minutes: kill loops, whole notebooks
+# make setup       installs into .venv only; instant when nothing changed
+# make lint        ruff
+#
+# PYTHON=... names the Python 3.12 to use; PYTEST_ARGS=... is added to pytest's command line.
+
+PYTHON ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+IS_312 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
+
+.PHONY: setup demo test test-slow lint
+
+setup: $(INSTALLED)
+
+demo: $(INSTALLED)
+	@$(VENV)/bin/moelab run --config=experiments/demo.py --workdir=runs/demo
+
+test: $(INSTALLED)
+	@$(VENV)/bin/python -m pytest -q --durations=15 -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	@$(VENV)/bin/python -m pytest -q --durations=15 -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+# The stamp is made last: an interrupted installation is taken up again. The glob finds a pyenv Python that no
+# .python-version of the user's selects.
+$(INSTALLED): pyproject.toml constraints.txt
+	@if ! $(VENV)/bin/python $(IS_312) 2>/dev/null; then \
+	  for python in $(if $(PYTHON),'$(PYTHON)',python3.12 python3 python "$$HOME"/.pyenv/versions/3.12*/bin/python3.12 none); do \
+	    if [ "$$python" != none ] && "$$python" $(IS_312) 2>/dev/null; then break; fi; \
+	  done; \
+	  if ! "$$python" $(IS_312) 2>/dev/null; then \
+	    echo "moelab needs Python 3.12; $(if $(PYTHON),$(PYTHON) is not it,there is no python3.12 here)." >&2; \
+	    echo "Install it (pyenv install 3.12, uv python install 3.12, or your distribution's package)," >&2; \
+	    echo "or name it: make $(or $(firstword $(MAKECMDGOALS)),setup) PYTHON=/path/to/python3.12" >&2; \
+	    exit 2; \
+	  fi; \
+	  echo "making $(VENV) with $$python" >&2; \
+	  "$$python" -m venv --clear $(VENV) || { \
+	    echo "could not make $(VENV); on Debian and Ubuntu: apt install python3.12-venv" >&2; exit 2; }; \
+	fi
+	@echo "installing into $(VENV): a few minutes the first time" >&2
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input \
+	  -e '.[data,report,dev]' -c constraints.txt
+	@# Without bytecode jax takes 3 s to import instead of 0.75; a few packages ship files that do not compile.
+	@$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib moelab pallas_kernels >/dev/null 2>&1 || true
+	@touch $@
