@@ -74,8 +74,7 @@ def nucleus(probability_BV: jax.Array, top_p: float) -> jax.Array:
     order_BV = jnp.argsort(probability_BV, axis=1, descending=True, stable=True)
     ranked_BV = jnp.take_along_axis(probability_BV, order_BV, axis=1)
     before_BV = jnp.cumsum(ranked_BV, axis=1) - ranked_BV
-    # The first is in whatever rounding says.
-    inside_BV = (before_BV < top_p).at[:, 0].set(True)
+    inside_BV = before_BV < top_p  # nothing is before the first, exactly: it is always in
     return jnp.put_along_axis(jnp.zeros_like(inside_BV), order_BV, inside_BV, 1, inplace=False)
 
 

@@ -116,6 +116,8 @@ def test_sharding_of_the_abstract_leaf_is_honoured(two_steps):
         _, restored = checkpoints.restore_latest(abstract)
     assert restored.params["embedding"].sharding == sharding
     assert not restored.step.committed  # as after a fresh start, where nothing was asked for
+    _, restored = checkpoint.load(two_steps, make_state(2))
+    assert not restored.step.committed
 
 
 def test_digest_sees_every_bit_and_every_name():
@@ -154,6 +156,9 @@ def test_newest_are_kept_and_the_digest_is_in_the_manifest(tmp_path):
         checkpoints.wait()
         assert checkpoints.steps() == [2, 3]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+    with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, {"x": np.full(4, 1)})  # as after going back to an older step by hand
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3"]
     assert checkpoint.read_manifest(tmp_path, 3)["digest"] == digests[3] != digests[2]
     assert checkpoint.verify(tmp_path) == []
 
@@ -229,6 +234,26 @@ def test_no_flipped_bit_anywhere_changes_a_value(two_steps, tmp_path):
         with checkpoint.Checkpoints(directory, keep=3) as checkpoints:
             step, restored = checkpoints.restore_latest(abstract)
         assert bits(restored) == wanted[step] and (step == 2) == clean, file
+
+
+def test_damage_that_no_value_depends_on_stops_nothing(copied):
+    (copied / "2" / "_CHECKPOINT_METADATA").write_bytes(b"{")
+    with checkpoint.Checkpoints(copied, keep=3) as checkpoints:
+        assert checkpoints.restore_latest(jax.eval_shape(lambda: make_state(1)))[0] == 2
+        checkpoints.save(3, make_state(3))
+    assert checkpoint.verify(copied) == []
+
+
+def test_a_kill_while_old_steps_are_deleted_leaves_no_half_step(tmp_path, monkeypatch):
+    # As if killed just before the deletion: what is retired is whole, and out of the way.
+    monkeypatch.setattr(checkpoint.Checkpoints, "_clear_retired", lambda self: None)
+    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"x": np.full(4, step)})
+    assert checkpoint.verify(tmp_path) == [] == checkpoint.verify(tmp_path / "retired")
+    monkeypatch.undo()
+    checkpoint.Checkpoints(tmp_path, keep=1).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["2"]
 
 
 def test_swapped_steps_are_damaged(copied):
@@ -314,7 +339,7 @@ def test_errors_say_what_came_and_what_was_wanted(copied):
 
 
 def test_half_written_steps_are_cleared_away(copied):
-    half = copied / "3.orbax-checkpoint-tmp"
+    half = copied / "9.orbax-checkpoint-tmp"
     shutil.copytree(copied / "2", half)
     assert checkpoint.verify(copied) == []
     with checkpoint.Checkpoints(copied, keep=3) as checkpoints:

@@ -135,6 +135,27 @@ def test_hash_of_a_domain_is_of_its_texts_joined_by_zero(tmp_path):
     assert dataset.manifest["sources"]["d"]["sha256"].startswith(wanted)
 
 
+@pytest.mark.parametrize("settings", [BYTE, BPE], ids=["byte", "bpe"])
+def test_a_bad_line_is_an_error_with_its_place(tmp_path, settings):
+    """Also from inside the tokenizer's training, which reads the documents first."""
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "fine words"}\n' * 300 + "{oops\n")
+    with pytest.raises(DataError, match="d.jsonl:301: not JSON"):
+        data.build(schema.JsonLines(path=str(path)), settings, cache=tmp_path)
+    assert not [item for item in (tmp_path / "data").iterdir() if item.name.startswith(".tmp")]
+
+
+def test_without_file_locks(texts, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    dataset = data.build(texts, BYTE, cache=tmp_path)
+    assert data.verify(dataset.directory) == []
+
+
 def test_an_id_is_wanted_once(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "x", "id": "same"}\n{"text": "y", "id": "same"}\n')

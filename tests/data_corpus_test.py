@@ -158,6 +158,7 @@ def test_stand_in_has_enough_of_everything():
     for document in found.documents():
         sizes[document.domain] += len(document.text.encode())
         assert not {"test", "tests", "site-packages"} & set(document.id.split("/"))
+        assert document.domain == "py_reference" or document.id.endswith(".py")
     assert min(sizes.values()) > 300_000, sizes  # the reference is the smallest
     assert list(sizes) == [name for name in stdlib_corpus.DOMAINS if name in sizes]
 

@@ -56,6 +56,11 @@ def test_frequencies(temperature, top_p, wanted):
     assert (found[np.array(wanted) == 0] == 0).all()
 
 
+def test_a_temperature_below_float32_keeps_ties():
+    token_B = draws(jnp.array([2.0, 1.0, 2.0]), 0, temperature=1e-60, top_p=0.9)
+    np.testing.assert_allclose(frequencies(token_B, 3), [0.5, 0, 0.5], atol=0.016)
+
+
 def test_forbidden_tokens_are_never_drawn():
     token_B = draws(jnp.array([0.0, -jnp.inf, 0.0]), 0, top_p=0.99)
     np.testing.assert_allclose(frequencies(token_B, 3), [0.5, 0, 0.5], atol=0.016)

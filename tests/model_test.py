@@ -66,8 +66,9 @@ def test_no_output_depends_on_a_later_token(built):
     changed = inputs._replace(token_BL=inputs.token_BL.at[0, 9].set(3))
     a = forward(transformer, variables, inputs).hidden_BLD
     b = forward(transformer, variables, changed).hidden_BLD
-    np.testing.assert_array_equal(a[0, :9], b[0, :9])
-    np.testing.assert_array_equal(a[1:], b[1:])
+    np.testing.assert_allclose(a[0, :9], b[0, :9], atol=1e-5)
+    # Other sequences may change their place in an expert's window, so they agree to rounding.
+    np.testing.assert_allclose(a[1:], b[1:], atol=1e-5)
     assert (np.abs(a[0, 9:] - b[0, 9:]).max(axis=1) > 1e-4).all()
 
 

@@ -52,9 +52,12 @@ def build(data_section, tokenizer_section, *, cache=None, progress: Progress | N
     source = sources.open_source(section, root / "files")
     directory = root / _name(source, section, settings)
     if not _usable(directory):
-        with _lock(root / f".{directory.name}.lock", progress):
+        progress = progress or _silent
+        with _lock(root / f".{directory.name}.lock", progress) as locked:
+            if locked:
+                _remove_leftovers(directory)
             if not _usable(directory):  # another process may have built it meanwhile
-                _build_into(directory, source, section, settings, progress or _silent)
+                _build_into(directory, source, section, settings, progress)
     return dataset.load(directory)
 
 
@@ -116,30 +119,38 @@ def _usable(directory: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _lock(path: pathlib.Path, progress: Progress | None) -> Iterator[None]:
-    """Keeps a second process from the same work; the rename keeps it safe where locks do not work."""
+def _lock(path: pathlib.Path, progress: Progress) -> Iterator[bool]:
+    """Keeps a second process from the same work; yields whether the file system can do that.
+
+    Where it cannot, the rename still leaves one whole dataset.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             import fcntl
-        except ImportError:  # not a POSIX system
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            (progress or _silent)("waiting for another process that builds this dataset", 0, 0)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress("waiting for another process that builds this dataset", 0, 0)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except (ImportError, OSError):  # not POSIX, or a network file system without locks
+            locked = False
+        yield locked
+
+
+def _remove_leftovers(directory: pathlib.Path) -> None:
+    """Removes what killed builders left; only under the lock, or it could be a live one's."""
+    for leftover in directory.parent.glob(f".tmp-{directory.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _build_into(directory: pathlib.Path, source, section, settings, progress: Progress) -> None:
-    prefix = f".tmp-{directory.name}-"
-    for leftover in directory.parent.glob(prefix + "*"):  # of a builder that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
     if directory.exists():
         print(f"WARNING: {directory} is damaged and is built again", file=sys.stderr, flush=True)
         shutil.rmtree(directory)
+    prefix = f".tmp-{directory.name}-"
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
     try:
         _write(temporary, source, section, settings, progress)

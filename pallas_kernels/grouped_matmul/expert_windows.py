@@ -76,7 +76,7 @@ def forward(
       gate_up: (E, 2F, D).
       down: (E, D, F).
       group_sizes_E: int32, assignments per expert; sum at most N.
-      precision: formats; x_scale must be per_token.
+      precision: formats of plain weights; activations must not be quantized.
       out_dtype: of y.
       keep_hidden: return [gate, up] too, for `backward`.
 
@@ -84,8 +84,6 @@ def forward(
       y_MD and hidden_MG (or None), M > N; rows from sum(group_sizes) on mean nothing.
     """
     num_rows, heights, row_M = _layout(row_N, gate_up)
-    # A row's quantization depends on that row only, so tokens are quantized once, before they are gathered K times.
-    x_TD = precision_lib.quantize_rows(x_TD, precision, jnp.ones(x_TD.shape[0], bool))
 
     def weights(expert):
         experts = (precision_lib.expert_weight(w, expert, precision) for w in (gate_up, down))
@@ -97,8 +95,7 @@ def forward(
         hidden_RG = x_RD @ gate_up_DG
         gate_RF, up_RF = jnp.split(hidden_RG, 2, axis=-1)
         act_RF = (jax.nn.silu(gate_RF) * up_RF).astype(x_TD.dtype)
-        act_RF = precision_lib.quantize_rows(act_RF, precision, mine_R1[:, 0]).astype(jnp.float32)
-        y_RD = act_RF @ down_FD
+        y_RD = act_RF.astype(jnp.float32) @ down_FD
         values = (y_RD, hidden_RG)[: len(buffers)]
         return tuple(windows.put(b, v, start) for b, v in zip(buffers, values, strict=True)), ()
 

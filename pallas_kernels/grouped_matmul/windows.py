@@ -18,8 +18,8 @@ from jax import lax
 
 # In sixteenths of the mean rows per expert: fine where balanced routing puts most experts, coarse elsewhere. Each
 # height is compiled separately, so there are few.
-_SIXTEENTHS = (4, 8, 12, 14, 15, 16, 17, 18, 20, 24, 28, 32)
-_SMALL = (8, 16, 32, 64, 128, 256)
+_SIXTEENTHS = (4, 8, 11, 13, 15, 16, 17, 19, 24, 32)
+_SMALL = (8, 32, 128, 256)
 
 
 class Windows(NamedTuple):
@@ -151,7 +151,7 @@ def vary_alike(*trees):
     gradients, so that the gradient of a replicated weight is summed over the devices by the transpose of the cast.
     """
     axes = _varying(trees)
-    return jax.tree.map(lambda leaf: _vary(leaf, axes), trees)
+    return jax.tree.map(lambda leaf: _vary(jnp.asarray(leaf), axes), trees)
 
 
 def _varying(tree) -> frozenset[str]:

@@ -37,8 +37,12 @@ def expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, precision, out_dtype)
 
 
 def fuses(precision: MatmulPrecision) -> bool:
-    """Whether the feed-forward is one loop: a scale over all hidden rows is known only after all windows."""
-    return precision.x is None or precision.x_scale == "per_token"
+    """Whether the feed-forward is one loop.
+
+    Not with quantized activations: a scale over all hidden rows is known only after all windows, and a scale per row
+    is better compiled once than once per window height.
+    """
+    return precision.x is None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
