@@ -89,8 +89,6 @@ class Checkpoints:
             max_to_keep=keep,
             cleanup_tmp_directories=True,
             todelete_subdir=_RETIRED,
-            # Else a damaged step's metadata stops the manager from starting.
-            lightweight_initialize=True,
         )
         try:
             self._clear_retired()

@@ -22,7 +22,6 @@ from moelab import model as model_lib
 from moelab import step as step_lib
 from moelab.quant import recipes
 
-
 REFERENCE = "float32"
 
 
@@ -129,8 +128,8 @@ def agreement(a: Measured, b: Measured) -> float | None:
 
 
 def precision_of(recipe: recipes.Recipe) -> pallas_kernels.MatmulPrecision | None:
-    """Translates a recipe's formats of the expert role for the kernels; None for plain floats."""
-    if recipe.expert_weight in ("float32", "bfloat16"):
+    """Translates a recipe's formats of the expert role for the kernels; None where activations stay plain."""
+    if recipe.expert_activation is None:
         return None
     return pallas_kernels.MatmulPrecision(
         x=recipe.expert_activation,
@@ -156,17 +155,18 @@ def evaluate(
     part = dataset.split(split)
     batches = batches_of(config, dataset, split)
     sizes = (len(dataset.domains), config.moe.num_experts)
-    rows, columns, reference = [], {}, None
+    rows, columns, steps, reference = [], {}, {}, None
     for name in dict.fromkeys((REFERENCE, *precisions)):
         recipe = recipes.get(name)
         variables, expert_bytes = _variables(params, router_state, recipe)
-        model = model_lib.from_config(
-            config,
-            dataset.tokenizer.vocab_size,
-            dtype=recipe.compute_dtype,
-            precision=precision_of(recipe),
-        )
-        found = measure(make_step(model), variables, batches, len(part), sizes)
+        program = (recipe.compute_dtype, precision_of(recipe))
+        if program not in steps:
+            dtype, precision = program
+            model = model_lib.from_config(
+                config, dataset.tokenizer.vocab_size, dtype=dtype, precision=precision
+            )
+            steps[program] = make_step(model)
+        found = measure(steps[program], variables, batches, len(part), sizes)
         reference = reference or found
         rows.append(_row(recipe, found, reference, part, dataset.domains, expert_bytes))
         _add_documents(columns, name, found, part, dataset.domains)
@@ -191,11 +191,19 @@ def batches_of(config, dataset, split: str) -> list:
 
 
 def _variables(params: Any, router_state: Any, recipe: recipes.Recipe) -> tuple[dict, int]:
+    """Packs the experts by the recipe; returns what the model takes and the experts' bytes as packed.
+
+    With weights alone quantized, the packed values are expanded to float32 here: multiplying those is what a
+    weight-only kernel computes, and all such recipes share one compiled program.
+    """
     rest, quantized = quant.pack(params, recipe)
+    expert_bytes = quant.expert_bytes(quantized or params, recipe)
     variables = {"params": rest, "router_state": router_state}
-    if quantized:
+    if quantized and recipe.expert_activation is None:
+        variables["params"] = quant.unpack(rest, quantized)
+    elif quantized:
         variables["quantized"] = quantized
-    return variables, quant.expert_bytes(quantized or params, recipe)
+    return variables, expert_bytes
 
 
 def bits_per_byte(found: Measured, part, domains: Sequence[str]) -> dict[str, float]:
@@ -211,7 +219,9 @@ def bits_per_byte(found: Measured, part, domains: Sequence[str]) -> dict[str, fl
 
 
 def _bits(nats: np.ndarray, nbytes: np.ndarray) -> float:
-    return float(nats.sum() / math.log(2) / max(int(nbytes.sum()), 1))
+    """NaN where the bytes are unknown: token files without their tokenizer."""
+    total = int(nbytes.sum())
+    return float(nats.sum() / math.log(2) / total) if total else math.nan
 
 
 def _row(recipe, found: Measured, reference: Measured, part, domains, expert_bytes: int) -> dict:

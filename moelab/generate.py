@@ -21,7 +21,7 @@ def sample(
 ) -> jax.Array:
     """Draws one token per sequence from the nucleus of softmax(logits / temperature).
 
-    Sequence b draws with fold_in(key, b): the same whatever else is in the batch.
+    Sequence b draws with the noise of place b: the same whatever else is in the batch.
 
     Args:
       logit_BV: floating point; -inf forbids a token.
@@ -50,8 +50,7 @@ def sample(
         shifted_BV = jnp.where(shifted_BV == 0, 0.0, shifted_BV / temperature)
         if top_p < 1:
             shifted_BV = jnp.where(nucleus(jax.nn.softmax(shifted_BV), top_p), shifted_BV, -jnp.inf)
-        key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logit_BV.shape[0]))
-        token_B = jax.vmap(jax.random.categorical)(key_B, shifted_BV)
+        token_B = jax.random.categorical(key, shifted_BV)
     return jnp.where(bad_B, -1, token_B).astype(jnp.int32)
 
 
@@ -98,7 +97,7 @@ def generate(
       prompt_BL: int32, L >= 1; all prompts of a batch are equally long.
       key: PRNG key; new token n draws with fold_in(key, n).
       num_tokens: N >= 1.
-      end_id: a sequence that has drawn it goes on with it. -1: none does.
+      end_id: a sequence that has drawn it goes on with it. -1: none does (but one without a distribution).
       temperature, top_p: see `sample`.
 
     Returns:
@@ -112,20 +111,19 @@ def generate(
             f"generate needs prompts [B, L >= 1] and num_tokens >= 1, got {prompt_BL.shape} and {num_tokens}"
         )
 
-    def draw(logit_BV: jax.Array, n: jax.Array, ended_B: jax.Array) -> jax.Array:
-        token_B = sample(logit_BV, jax.random.fold_in(key, n), temperature=temperature, top_p=top_p)
-        return jnp.where(ended_B, end_id, token_B).astype(jnp.int32)
+    def draw(logit_BV: jax.Array, n: jax.Array | int) -> jax.Array:
+        key_n = jax.random.fold_in(key, n)
+        return sample(logit_BV, key_n, temperature=temperature, top_p=top_p)
 
-    def extend(carry, n: jax.Array):
-        cache, token_B, ended_B = carry
+    def extend(carry: tuple[Any, jax.Array], n: jax.Array):
+        cache, token_B = carry
         logit_BV, cache = step(cache, token_B[:, None])
-        token_B = draw(logit_BV, n, ended_B)
-        return (cache, token_B, ended_B | (token_B == end_id)), token_B
+        token_B = jnp.where(token_B == end_id, end_id, draw(logit_BV, n))
+        return (cache, token_B), token_B
 
     logit_BV, cache = step(cache, prompt_BL)
-    first_B = draw(logit_BV, jnp.int32(0), jnp.zeros(prompt_BL.shape[0], bool))
-    carry = (cache, first_B, first_B == end_id)
-    _, token_NB = jax.lax.scan(extend, carry, jnp.arange(1, num_tokens, dtype=jnp.int32))
+    first_B = draw(logit_BV, 0)
+    _, token_NB = jax.lax.scan(extend, (cache, first_B), jnp.arange(1, num_tokens))
     return jnp.concatenate([first_B[:, None], token_NB.T], axis=1)
 
 

@@ -335,7 +335,7 @@ def init(model: Transformer, key: jax.Array) -> dict:
         domain_B=jnp.zeros((batch,), jnp.int32),
         step=jnp.zeros((), jnp.int32),
     )
-    variables = model.init(key, inputs)
+    variables = jax.jit(model.init)(key, inputs)  # one program, not one per operation
     return {
         "params": variables["params"],
         "router_state": variables["router_state"] if "router_state" in variables else {},

@@ -9,7 +9,6 @@ import pytest
 
 from moelab import generate
 
-
 sample = jax.jit(generate.sample, static_argnames=("temperature", "top_p"))
 
 

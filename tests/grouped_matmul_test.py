@@ -314,4 +314,4 @@ def test_the_schedule_covers_every_row_once_and_in_order():
 def test_heights_ascend_and_are_few(rows):
     heights = windows.heights(rows, 16)
     assert list(heights) == sorted(set(heights)) and 1 <= len(heights) <= 12
-    assert heights[-1] <= max(8, 2 * rows)
+    assert heights[-1] <= max(8, 4 * rows)

@@ -122,3 +122,20 @@ def test_what_does_not_fit_is_named():
     flat = {"experts": {"gate_up": jnp.ones((4, 32))}}
     with pytest.raises(ValueError, match=r"experts/gate_up has shape \(4, 32\)"):
         quant.pack(flat, recipe)
+
+
+@pytest.mark.parametrize("name", ["nvfp4_w", "fp8_w"])
+def test_unpack_puts_the_dequantized_weights_back(name):
+    params = make_params()
+    rest, quantized = quant.pack(params, recipes.get(name))
+    merged = quant.unpack(rest, quantized)
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
+    packed = jax.tree.leaves(quantized, is_leaf=lambda x: isinstance(x, formats.BlockScaled))
+    wanted = {formats.dequantize(q).tobytes() for q in packed}
+    got = {leaf.tobytes() for leaf in jax.tree.leaves(merged)}
+    assert wanted <= got
+    changed = [
+        float(jnp.abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True)
+    ]
+    assert sum(c > 0 for c in changed) == len(packed)

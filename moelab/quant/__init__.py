@@ -8,12 +8,12 @@
 
 from moelab.quant import recipes
 
-__all__ = ["expert_bytes", "pack", "recipes"]
+__all__ = ["expert_bytes", "pack", "recipes", "unpack"]
 
 
 def __getattr__(name: str):
     # Late, since config checks read the recipes and must not wait for jax.
-    if name in ("pack", "expert_bytes"):
+    if name in ("pack", "unpack", "expert_bytes"):
         from moelab.quant import packing
 
         return getattr(packing, name)

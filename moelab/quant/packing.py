@@ -41,6 +41,27 @@ def pack(params: Mapping[str, Any], recipe: Recipe) -> tuple[dict, dict]:
     return _split(params, recipe, ())
 
 
+def unpack(rest: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict:
+    """Puts packed experts back among the parameters as the float32 values that they stand for.
+
+    Args:
+      rest, quantized: from `pack`. Not changed.
+
+    Returns:
+      Parameters of the shape that `pack` was given.
+    """
+    merged = dict(rest)
+    for name, value in quantized.items():
+        if _is_packed(value):
+            merged[name] = _dequantize(value)
+        else:
+            merged[name] = unpack(rest[name] if name in rest else {}, value)
+    return merged
+
+
+_dequantize = jax.jit(formats.dequantize)
+
+
 def expert_bytes(tree: Mapping[str, Any], recipe: Recipe) -> int:
     """Returns the stored bytes of the routed experts' weights under a recipe.
 
