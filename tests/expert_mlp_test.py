@@ -203,11 +203,12 @@ def test_all_experts_for_every_token():
     np.testing.assert_allclose(y, want, **CLOSE)
 
 
-def test_dropped_assignments_cost_nothing_whatever_they_hold():
+@pytest.mark.parametrize("implementation", ["xla_windows", "reference"])
+def test_dropped_assignments_cost_nothing_whatever_they_hold(implementation):
     token, expert, weight = routing(2, 3)
     expert = np.where(token == 9, E, expert)  # token 9 goes nowhere
     dy = draw(4, T, D)
-    run = routed_mlp("xla_windows", 3)
+    run = routed_mlp(implementation, 3)
     clean = run(X.at[9].set(0), token, expert, weight, GATE_UP, DOWN, dy.at[9].set(0))
     dirty_weight = np.where(expert == E, np.nan, weight)
     dirty = run(
