@@ -2,7 +2,7 @@
 
     moelab run --config=experiments/demo.py --workdir=runs/demo      (or: make demo)
 
-A decoder-only transformer of 4 layers, every one with 16 experts of which a token passes 2. Muon, warmup-stable-decay.
+A decoder-only transformer of 4 layers, every one with 16 experts of which a token passes 2. AdamW, warmup-stable-decay.
 The trained model is then evaluated in float32, bf16, FP8, MXFP4 and NVFP4, expert weights alone and with activations.
 
 Lab book
@@ -26,7 +26,9 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
     """Returns the fields that differ from the defaults of moelab/schema.py."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.model = dict(num_layers=4, width=256, num_heads=4, num_kv_heads=2, head_dim=64)
+    config.model = dict(
+        num_layers=4, width=256, num_heads=4, num_kv_heads=2, head_dim=64, tied_head=False
+    )
     config.moe = dict(num_experts=16, expert_width=256)
     config.router = dict(kind="top_k", k=2, score="softmax", renormalise=True)
     config.balance = dict(
@@ -34,12 +36,12 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
         z_loss=dict(coefficient=0.001),
         loss_free_bias=dict(rate=0.0),
     )
-    config.optimizer = dict(kind="muon", learning_rate=2e-2, adam_learning_rate=3e-3)
-    config.schedule = dict(kind="warmup_stable_decay", warmup_steps=4, decay_share=0.4)
-    config.train = dict(num_steps=120, batch_size=16, length=256)
+    config.optimizer = dict(kind="adamw", learning_rate=4e-3)
+    config.schedule = dict(kind="warmup_stable_decay", warmup_steps=10, decay_share=0.4)
+    config.train = dict(num_steps=220, batch_size=16, length=128)
     config.data = dict(kind="corpus")
     config.tokenizer = dict(kind="bpe", vocab_size=4096)
-    config.evaluation = dict(every=40, tokens_per_domain=16384)
-    config.checkpoint = dict(every=60)
+    config.evaluation = dict(every=110, tokens_per_domain=12288, batch_size=32)
+    config.checkpoint = dict(every=110)
     config.update(PRESETS[preset])
     return config

@@ -316,13 +316,8 @@ def load_run(workdir: str | Path, step: str | int = "latest") -> Loaded:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
         jax.eval_shape(lambda: step_lib.init_state(model, tx, config.seed)),
     )
-    with checkpoint.Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as saved:
-        if step == "latest":
-            restored = saved.restore_latest(abstract)
-            if restored is None:
-                raise checkpoint.CheckpointError(f"{workdir} has no good checkpoint")
-            return Loaded(config, dataset, *restored)
-        return Loaded(config, dataset, int(step), saved.restore(int(step), abstract))
+    wanted = None if step == "latest" else int(step)
+    return Loaded(config, dataset, *checkpoint.load(workdir / "checkpoints", abstract, wanted))
 
 
 def evaluate_run(

@@ -208,6 +208,8 @@ def generate_run(
 
     variables = {"params": state.params, "router_state": state.router_state}
     new = run(variables, jnp.asarray([tokens], jnp.int32), jax.random.key(seed))[0].tolist()
+    if -1 in new:
+        raise ValueError(f"step {loaded.step} of {workdir} gives logits that are not finite")
     if tokenizer.end_id in new:
         new = new[: new.index(tokenizer.end_id)]
     return tokenizer.decode(new)

@@ -19,11 +19,13 @@ from typing import Any, Self
 
 import numpy as np
 
+from moelab.errors import UserError
+
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _log = logging.getLogger("moelab")
 
 
-class MetricsError(ValueError):
+class MetricsError(UserError):
     """A journal that cannot be read; the message names the file and the line."""
 
 

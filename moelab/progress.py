@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Self
 
 from rich.console import Console
@@ -45,6 +46,19 @@ class TrainProgress:
         if record["nonfinite_steps"]:
             numbers += f"  [red]{record['nonfinite_steps']} skipped[/red]"
         self._bar.update(self._task, completed=record["step"], numbers=numbers)
+
+
+def data_progress(enabled: bool) -> Callable[[str, int, int], None] | None:
+    """Returns a callback (text, done, total) that redraws one line on a terminal, or None elsewhere."""
+    if not (enabled and sys.stderr.isatty()):
+        return None
+
+    def show(text: str, done: int, total: int) -> None:
+        share = f" {done:,} of {total:,}" if total else (f" {done:,}" if done else "")
+        end = "\n" if total and done == total else ""
+        print(f"\r\x1b[K{text}{share}", end=end, file=sys.stderr, flush=True)
+
+    return show
 
 
 def note(text: str) -> None:

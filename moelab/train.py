@@ -26,7 +26,7 @@ from moelab import config as configs
 from moelab import model as model_lib
 from moelab import step as step_lib
 from moelab.errors import ConfigError
-from moelab.progress import TrainProgress, note
+from moelab.progress import TrainProgress, data_progress, note
 
 EXIT_FINISHED, EXIT_NONFINITE, EXIT_PREEMPTED = 0, 3, 75
 
@@ -80,7 +80,7 @@ def run(
         if finished is not None:
             note(f"{workdir} is finished already; nothing to do (another --workdir starts anew)")
             return Result(workdir, EXIT_FINISHED, finished)
-        dataset = data.build(config.data, config.tokenizer)
+        dataset = data.build(config.data, config.tokenizer, progress=data_progress(progress))
         session = _Session(config, workdir, dataset, resume)
         with session:
             exit_code = session.train(progress)

@@ -294,11 +294,12 @@ def test_inside_scan_and_checkpoint():
     assert_all_close(jax.tree.leaves(got), jax.tree.leaves(want), rtol=1e-4, atol=1e-3)
 
 
-def test_large_keys_are_sorted_without_overflow():
-    expert = jnp.array([7, 2**30, 0, 7, 3], jnp.int32)  # 5 * 2^30 does not fit in 32 bits
-    order, end = dispatch._sort(expert, 8)
-    np.testing.assert_array_equal(order[:4], [2, 4, 0, 3])
-    np.testing.assert_array_equal(dispatch._sort(jnp.minimum(expert, 8), 8)[1], end)
+def test_keys_that_do_not_fit_with_their_numbers_are_sorted_without_overflow():
+    # 2^16 keys below 2^16: key * count + number needs 32 bits and a sign.
+    key = np.random.default_rng(9).integers(0, 2**16 + 1, 2**16).astype(np.int32)
+    order, end = jax.jit(dispatch._sort, static_argnums=1)(key, 2**16)
+    np.testing.assert_array_equal(order, np.argsort(key, stable=True))
+    np.testing.assert_array_equal(end, np.cumsum(np.bincount(key, minlength=2**16 + 1))[:-1])
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,6 @@ from moelab.errors import UserError
 
 USER_ERROR, CRASH, INTERRUPTED = 2, 1, 130
 
-# Errors of modules that do not import moelab.errors and that are the user's to mend: module -> class.
-_USERS = {
-    "moelab.checkpoint": "CheckpointError",
-    "moelab.data.document": "DataError",
-    "moelab.metrics": "MetricsError",
-    "moelab.report.runs": "ReportError",
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -49,16 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if _is_users(error):
-            return _failed(argv, " ".join(str(error).split()), USER_ERROR)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         hint = "" if "--debug" in argv else " (--debug shows where)"
         return _failed(argv, text + hint, CRASH)
-
-
-def _is_users(error: Exception) -> bool:
-    loaded = [(sys.modules[name], cls) for name, cls in _USERS.items() if name in sys.modules]
-    return isinstance(error, tuple(getattr(module, cls) for module, cls in loaded))
 
 
 def _failed(argv: Sequence[str], message: str, code: int) -> int:

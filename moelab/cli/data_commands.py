@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from moelab import environment
 from moelab.cli import output
 from moelab.cli.running import load_config
+from moelab.progress import data_progress
 
 
 def build(args: argparse.Namespace) -> int:
@@ -50,17 +50,8 @@ def _dataset(args: argparse.Namespace):
 
     environment.prepare()
     config = load_config(args).config
-    return data.build(config.data, config.tokenizer, progress=_progress if _shown(args) else None)
-
-
-def _shown(args: argparse.Namespace) -> bool:
-    return sys.stderr.isatty() and not args.json
-
-
-def _progress(text: str, done: int, total: int) -> None:
-    share = f" {done:,} of {total:,}" if total else (f" {done:,}" if done else "")
-    end = "\n" if total and done == total else ""
-    print(f"\r\x1b[K{text}{share}", end=end, file=sys.stderr, flush=True)
+    progress = data_progress(not args.json)
+    return data.build(config.data, config.tokenizer, progress=progress)
 
 
 def _cell(value: object) -> object:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from moelab import metrics
+from moelab.errors import UserError
 from moelab.report import card as cards
 from moelab.report import documents
 
 REFERENCE = "float32"
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A report that cannot be made; the message is ready for the user."""
 
 
