@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	@$(VENV)/bin/moelab run --config=experiments/demo.py --workdir=runs/demo
 
 test: $(INSTALLED)
-	@$(VENV)/bin/python -m pytest -q --durations=15 -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
 	@$(VENV)/bin/python -m pytest -q --durations=15 -m slow $(PYTEST_ARGS)

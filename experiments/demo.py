@@ -38,10 +38,10 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
     )
     config.optimizer = dict(kind="adamw", learning_rate=4e-3)
     config.schedule = dict(kind="warmup_stable_decay", warmup_steps=10, decay_share=0.4)
-    config.train = dict(num_steps=220, batch_size=16, length=128)
+    config.train = dict(num_steps=180, batch_size=16, length=128)
     config.data = dict(kind="corpus")
     config.tokenizer = dict(kind="bpe", vocab_size=4096)
-    config.evaluation = dict(every=110, tokens_per_domain=12288, batch_size=32)
-    config.checkpoint = dict(every=110)
+    config.evaluation = dict(every=90, tokens_per_domain=12288, batch_size=32)
+    config.checkpoint = dict(every=90)
     config.update(PRESETS[preset])
     return config

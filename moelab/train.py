@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,9 @@ class _Session:
             workdir / "checkpoints", keep=config.checkpoint.keep, on_event=self._event_later
         )
         self.events: list[tuple[str, int, dict]] = []
+        # The longest compilation goes on beside the restore, the start of the loader and the smaller programs.
+        self.compiler = futures.ThreadPoolExecutor(1)
+        self.compiled = self.compiler.submit(self._compile)
         self.state = self._restore(resume)
         self.first_step = int(self.state.step)
         self._open_journal()
@@ -121,22 +126,44 @@ class _Session:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.compiler.shutdown(cancel_futures=True)
         self.checkpoints.close()
         self.journal.close()
 
     def _event_later(self, event: str, step: int, detail: dict) -> None:
         self.events.append((event, step, detail))
 
+    def _abstract_state(self) -> step_lib.TrainState:
+        sharding = parallel.replicated(self.mesh)
+        shapes = jax.eval_shape(
+            lambda: step_lib.init_state(self.model, self.optimizer, self.config.seed)
+        )
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes
+        )
+
+    def _compile(self) -> jax.stages.Compiled:
+        train_step = step_lib.make_train_step(self.config, self.model, self.optimizer)
+        shape = (self.config.train.batch_size, self.config.train.length)
+        sharding = parallel.batch_sharding(self.mesh)
+        array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+        batch = data.Batch(
+            token_BL=array(shape, np.int32),
+            target_BL=array(shape, np.int32),
+            mask_BL=array(shape, np.bool_),
+            domain_B=array(shape[:1], np.int32),
+            document_BL=array(shape, np.int32),
+        )
+        poison = jax.ShapeDtypeStruct((), np.float32)
+        jitted = jax.jit(train_step, donate_argnums=0)
+        return jitted.lower(self._abstract_state(), batch, poison).compile()
+
     def _restore(self, resume: str) -> step_lib.TrainState:
         init = jax.jit(
             lambda: step_lib.init_state(self.model, self.optimizer, self.config.seed),
             out_shardings=parallel.replicated(self.mesh),
         )
-        sharding = parallel.replicated(self.mesh)
-        abstract = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-            jax.eval_shape(init),
-        )
+        abstract = self._abstract_state()
         restored = self.checkpoints.restore_latest(abstract)
         if restored is None:
             if resume == "must":
@@ -169,9 +196,7 @@ class _Session:
     def train(self, progress: bool) -> int:
         """Runs the remaining steps; returns the exit code."""
         config, num_steps = self.config, self.config.train.num_steps
-        train_step = jax.jit(
-            step_lib.make_train_step(config, self.model, self.optimizer), donate_argnums=0
-        )
+        train_step = self.compiled.result() if self.first_step < num_steps else None
         poisoned = _poisoned_steps()
         self.started = self.window_start = time.perf_counter()
         self.window_tokens = 0

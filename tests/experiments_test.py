@@ -55,3 +55,11 @@ def test_is_a_lab_book(path):
     assert f"moelab run --config={relative}" in doc, "the docstring names the command"
     for entry in ("machine", "wall time", "result", "date"):
         assert f"\n  {entry} " in doc, f"the lab book has no {entry}"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=short)
+def test_builds_a_model(source):
+    from moelab import launch
+
+    found = launch.summary(config.load(source).config)
+    assert 0 < found["parameters"]["active"] <= found["parameters"]["total"]
