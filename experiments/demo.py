@@ -17,7 +17,11 @@ import ml_collections
 # Variants by name: `--config=experiments/demo.py:smoke`.
 PRESETS = {
     "": {},
-    "smoke": {"train": {"num_steps": 10}, "evaluation": {"tokens_per_domain": 512}},  # does it run
+    "smoke": {  # does it run
+        "train": {"num_steps": 10},
+        "schedule": {"warmup_steps": 2},
+        "evaluation": {"tokens_per_domain": 512},
+    },
     "dense": {"moe": {"num_experts": 0}, "model": {"dense_width": 512}},  # equal active width
 }
 
