@@ -149,7 +149,7 @@ def make_train_step(config, model: model_lib.Transformer, optimizer: optax.Gradi
 
     def step(state: TrainState, batch, poison) -> tuple[TrainState, StepReport]:
         (total_loss, (lm_loss, losses, reports)), grads = summed_gradient(state, batch, poison)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total_loss) & jnp.isfinite(norm)
         if config.train.clip_norm:
             scale = jnp.minimum(1.0, config.train.clip_norm / jnp.maximum(norm, 1e-12))

@@ -46,7 +46,8 @@ def test_a_step_moves_everything_once():
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new.params, state.params)
     assert min(jax.tree.leaves(moved)) > 0
     # Two layers, two steps of 0.01 up or down.
-    assert set(np.round(np.abs(np.asarray(bias_of(new))).ravel(), 4)) <= {0.0, 0.01, 0.02}
+    bias = np.abs(np.asarray(bias_of(new), np.float64)).round(4)
+    assert set(bias.ravel()) <= {0.0, 0.01, 0.02} and bias.max() > 0
     valid = 4 * 16 - 7
     np.testing.assert_array_equal(report.load_ME.sum(1), [2 * valid] * 2)
     # The language-model loss is reported without the balancing losses.
@@ -116,11 +117,12 @@ def test_only_matrices_decay_and_only_they_are_orthogonalised():
         updates, _ = muon.update(grads, state, params)
     update = updates["segment_0"]["block_0"]["moe"]["experts"]["down"]
     assert update.shape == (2, 4, 32, 32)
-    # Each expert's matrix has nearly equal singular values; scan's layer axis and E are a batch.
-    singular = np.linalg.svd(np.asarray(update), compute_uv=False)
-    weight = np.asarray(params["segment_0"]["block_0"]["moe"]["experts"]["down"])
-    assert (singular.max(-1) / singular.min(-1) < 6).mean() > 0.8
-    assert (np.linalg.svd(weight, compute_uv=False).max(-1) > 0).all()
+    # Newton-Schulz pulls each expert's singular values towards one size; scan's layer axis and E are a batch. Spread is
+    # the standard deviation over the mean: .5 for a square Gaussian matrix.
+    spread = lambda a: (s := np.linalg.svd(a, compute_uv=False)).std(-1) / s.mean(-1)  # noqa: E731
+    gradient = np.asarray(grads["segment_0"]["block_0"]["moe"]["experts"]["down"])
+    assert spread(gradient).min() > 0.4
+    assert spread(np.asarray(update)).max() < 0.3
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import json
 import pytest
 
 import moelab
-from moelab import evaluate, generate, metrics, report
+from moelab import evaluate, generate, metrics
+from moelab.report.verify import verify
 
 CONFIG = dict(
     seed=3,
@@ -61,13 +62,13 @@ def test_a_run_leaves_its_record(run):
 
 def test_the_card_verifies_and_a_changed_loss_does_not(run, tmp_path):
     _, result = run
-    assert report.verify.verify(result.directory) == []
+    assert verify(result.directory) == []
     path = result.directory / "result.json"
     original = path.read_text()
     card = json.loads(original)
     card["evaluation"]["rows"][1]["loss"] += 1e-3
     path.write_text(json.dumps(card))
-    problems = report.verify.verify(result.directory)
+    problems = verify(result.directory)
     path.write_text(original)
     assert problems and any("loss" in problem for problem in problems)
 
