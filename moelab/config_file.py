@@ -44,13 +44,20 @@ def read(source: str) -> tuple[str, str, Mapping]:
       ConfigError: no such file or preset, or the file is broken (then with its line).
     """
     path, preset = _find(source)
-    label = f"{path}:{preset}" if preset else str(path)
+    label = f"{_shown(path)}:{preset}" if preset else _shown(path)
     if path.is_dir() or path.suffix == ".json":
         if preset:
             raise ConfigError(f"{source}: a saved config has no presets")
         path = path / "config.json" if path.is_dir() else path
         return label, path.absolute().parent.name, _read_json(path)
     return label, "-".join(filter(None, (path.stem, preset))), _run(path, preset)
+
+
+def _shown(path: Path) -> str:
+    """Names a file from here, or from the checkout: a card is not to carry the folders of one machine."""
+    roots = (Path.cwd(), *(folder.parent for folder in folders()))
+    inside = (root for root in roots if path.is_absolute() and path.is_relative_to(root))
+    return next((path.relative_to(root).as_posix() for root in inside), str(path))
 
 
 def _find(source: str) -> tuple[Path, str]:
