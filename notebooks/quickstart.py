@@ -44,7 +44,9 @@ print(domains[0], "|", dataset.tokenizer.decode(batch.token_BL[0, :24].tolist())
 
 # %%
 num_experts, width = 16, 64
-table = jax.random.normal(jax.random.key(0), (dataset.tokenizer.vocab_size, width))
+# Trained representations share a direction, and a shared direction is what makes a router favour some experts.
+shared_1D = 0.8 * jax.random.normal(jax.random.key(3), (1, width))
+table = shared_1D + jax.random.normal(jax.random.key(0), (dataset.tokenizer.vocab_size, width))
 x_TD = table[batch.token_BL.reshape(-1)]
 num_tokens = x_TD.shape[0]
 index_T = jnp.arange(num_tokens, dtype=jnp.int32)
