@@ -1,4 +1,8 @@
-"""Finds and reads config files: experiment files, which are Python, and saved configs, which are JSON and only data."""
+"""Finds and reads config files: experiment files, which are Python, and saved configs, which are JSON and only data.
+
+An experiment file may name another with `BASE = "../ablation.py"` (relative to itself, a preset allowed): its own
+fields then change that file's.
+"""
 
 from __future__ import annotations
 
@@ -138,12 +142,34 @@ def _run(path: Path, preset: str) -> Mapping:
         text = " ".join(str(error).split())
         raise ConfigError(f"{path}:{_line(error, path)}: {type(error).__name__}: {text}") from error
     if isinstance(config, ml_collections.ConfigDict):
-        return config.to_dict()
-    if isinstance(config, Mapping):
-        return config
-    raise ConfigError(
-        f"{path}:1: get_config wants to return a ConfigDict, got {type(config).__name__}"
-    )
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"{path}:1: get_config wants to return a ConfigDict, got {type(config).__name__}"
+        )
+    return _merged(_base(path, space.get("BASE", "")), config)
+
+
+def _base(path: Path, base: str) -> Mapping:
+    """Reads the file that another one names as its base; chains are followed, circles refused."""
+    if not base:
+        return {}
+    name, _, preset = base.partition(":")
+    other = path.parent / name
+    if not other.is_file():
+        raise ConfigError(f"{path}: BASE names {base!r}, and {other} is no file")
+    if other.samefile(path):
+        raise ConfigError(f"{path}: BASE names the file itself")
+    return _run(other, preset)
+
+
+def _merged(base: Mapping, changes: Mapping) -> dict:
+    """Nested values with the changes on top."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _line(error: Exception, path: Path) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from moelab import checkpoint, data, loss, metrics, optimizer, parallel, quant
+from moelab import checkpoint, data, loss, metrics, optimizer, quant
 from moelab import config as configs
 from moelab import model as model_lib
 from moelab import step as step_lib
@@ -59,28 +59,43 @@ class Evaluated:
     documents: int
 
 
+def forward(
+    model: model_lib.Transformer, variables: dict, batch, replay_MTK: jax.Array | None = None
+) -> tuple[jax.Array, list]:
+    """Runs one batch as evaluation does.
+
+    Args:
+      model: in the precision to evaluate.
+      variables: what `variables_of` returned.
+      batch: data.Batch.
+      replay_MTK: int32 columns to select instead of the routers' own choice, or None.
+
+    Returns:
+      float32 nats_BL of each target, and per MoE layer its LayerReport with the Routing in `trace`.
+    """
+    inputs = model_lib.Inputs(batch.token_BL, batch.mask_BL, batch.domain_B, replay_MTK=replay_MTK)
+    out = model.apply(variables, inputs, train=False, trace=True)
+    _, nats_T = loss.sharded_cross_entropy(
+        out.hidden_BLD.reshape(batch.token_BL.size, -1),
+        model_lib.head(variables["params"]),
+        batch.target_BL.reshape(-1),
+        batch.mask_BL.reshape(-1).astype(jnp.float32),
+        chunk=0,
+        mesh=model.mesh,
+    )
+    return nats_T.reshape(batch.token_BL.shape), step_lib.in_block_order(out.reports)
+
+
 def make_step(model: model_lib.Transformer):
-    """Returns a jitted (variables, batch) -> (nats_BL, chosen_MTE packed along E, load per layer)."""
+    """Returns a jitted (variables, batch) -> (nats_BL, chosen_MTE packed along E)."""
 
     @jax.jit
     def step(variables: dict, batch):
-        inputs = model_lib.Inputs(
-            batch.token_BL, batch.mask_BL, batch.domain_B, jnp.zeros((), jnp.int32)
-        )
-        out = model.apply(variables, inputs, train=False, trace=True)
+        nats_BL, layers = forward(model, variables, batch)
         num_tokens = batch.token_BL.size
-        _, nats_T = loss.sharded_cross_entropy(
-            out.hidden_BLD.reshape(num_tokens, -1),
-            model_lib.head(variables["params"]),
-            batch.target_BL.reshape(-1),
-            batch.mask_BL.reshape(-1).astype(jnp.float32),
-            chunk=0,
-            mesh=model.mesh,
-        )
-        layers = step_lib.in_block_order(out.reports)
         chosen = [_chosen(layer.trace, num_tokens, layer.load_E.size) for layer in layers]
         packed = jnp.stack(chosen) if chosen else jnp.zeros((0, num_tokens, 0), jnp.uint8)
-        return nats_T.reshape(batch.token_BL.shape), packed
+        return nats_BL, packed
 
     return step
 
@@ -108,9 +123,8 @@ def measure(step, variables: dict, batches: Sequence, num_documents: int, sizes)
     for batch in batches:
         nats_BL, packed = jax.device_get(step(variables, batch))
         mask = np.asarray(batch.mask_BL)
-        document = np.asarray(batch.document_BL)[mask]
-        nats_D += np.bincount(document, nats_BL[mask].astype(np.float64), num_documents)
-        count_D += np.bincount(document, minlength=num_documents)
+        nats, count = by_document(nats_BL, batch, num_documents)
+        nats_D, count_D = nats_D + nats, count_D + count
         packed = packed[:, mask.reshape(-1)]
         domain_T = np.repeat(np.asarray(batch.domain_B), mask.shape[1])[mask.reshape(-1)]
         hit = np.unpackbits(packed, axis=2, count=num_experts).astype(np.float32)
@@ -118,6 +132,14 @@ def measure(step, variables: dict, batches: Sequence, num_documents: int, sizes)
         load = load + np.einsum("mte,tg->mge", hit, one_hot).astype(np.float64)
         chosen.append(packed)
     return Measured(nats_D, count_D, load, np.concatenate(chosen, axis=1))
+
+
+def by_document(nats_BL: np.ndarray, batch, num_documents: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums a batch's nats (float64) and counts its targets (int64) by document: (D,) both."""
+    mask = np.asarray(batch.mask_BL)
+    document = np.asarray(batch.document_BL)[mask]
+    nats_D = np.bincount(document, nats_BL[mask].astype(np.float64), num_documents)
+    return nats_D, np.bincount(document, minlength=num_documents)
 
 
 def agreement(a: Measured, b: Measured) -> float | None:
@@ -139,6 +161,12 @@ def precision_of(recipe: recipes.Recipe) -> pallas_kernels.MatmulPrecision | Non
     )
 
 
+def in_precision(config, dataset, recipe: recipes.Recipe) -> model_lib.Transformer:
+    """Builds a config's model as a recipe computes it."""
+    precision = precision_of(recipe)
+    return model_lib.from_dataset(config, dataset, dtype=recipe.compute_dtype, precision=precision)
+
+
 def evaluate(
     config, params: Any, router_state: Any, dataset, split: str, precisions: Sequence[str]
 ) -> Evaluated:
@@ -158,14 +186,10 @@ def evaluate(
     rows, columns, steps, reference = [], {}, {}, None
     for name in dict.fromkeys((REFERENCE, *precisions)):
         recipe = recipes.get(name)
-        variables, expert_bytes = _variables(params, router_state, recipe)
+        variables, expert_bytes = variables_of(params, router_state, recipe)
         program = (recipe.compute_dtype, precision_of(recipe))
         if program not in steps:
-            dtype, precision = program
-            model = model_lib.from_config(
-                config, dataset.tokenizer.vocab_size, dtype=dtype, precision=precision
-            )
-            steps[program] = make_step(model)
+            steps[program] = make_step(in_precision(config, dataset, recipe))
         found = measure(steps[program], variables, batches, len(part), sizes)
         reference = reference or found
         rows.append(_row(recipe, found, reference, part, dataset.domains, expert_bytes))
@@ -190,7 +214,7 @@ def batches_of(config, dataset, split: str) -> list:
     )
 
 
-def _variables(params: Any, router_state: Any, recipe: recipes.Recipe) -> tuple[dict, int]:
+def variables_of(params: Any, router_state: Any, recipe: recipes.Recipe) -> tuple[dict, int]:
     """Packs the experts by the recipe; returns what the model takes and the experts' bytes as packed.
 
     With weights alone quantized, the packed values are expanded to float32 here: multiplying those is what a
@@ -308,14 +332,10 @@ def load_run(workdir: str | Path, step: str | int = "latest") -> Loaded:
     workdir = Path(workdir)
     config = configs.load(workdir).config
     dataset = data.build(config.data, config.tokenizer)
-    model = model_lib.from_config(config, dataset.tokenizer.vocab_size)
+    model = model_lib.from_dataset(config, dataset)
     shapes = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))["params"]
     tx = optimizer.make(config, shapes)
-    sharding = parallel.replicated(model.mesh)
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        jax.eval_shape(lambda: step_lib.init_state(model, tx, config.seed)),
-    )
+    abstract = step_lib.abstract_state(config, model, tx)
     wanted = None if step == "latest" else int(step)
     return Loaded(config, dataset, *checkpoint.load(workdir / "checkpoints", abstract, wanted))
 

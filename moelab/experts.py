@@ -44,6 +44,11 @@ def swiglu(x_TD: jax.Array, weights: Weights) -> jax.Array:
     return jax.lax.dot_general(jax.nn.silu(gate_TF) * up_TF, down_DF, (((1,), (1,)), ((), ())))
 
 
+def cast(weight, dtype, precision: pallas_kernels.MatmulPrecision | None):
+    """Casts a plain weight to the dtype of the computation where nothing is quantized."""
+    return weight.astype(dtype) if isinstance(weight, jax.Array) and precision is None else weight
+
+
 def apply(
     weights: Weights,
     x_TD: jax.Array,
@@ -68,17 +73,14 @@ def apply(
     Returns:
       (T, D) in the dtype of x.
     """
-
-    def cast(w):
-        return w.astype(x_TD.dtype) if isinstance(w, jax.Array) and precision is None else w
-
+    num_experts = weights["gate_up"].shape[0]
     return pallas_kernels.routed_expert_mlp(
         x_TD,
         routing.token_N,
-        routing.expert_N,
+        jnp.minimum(routing.expert_N, num_experts),  # ids above E compute nothing
         routing.weight_N,
-        cast(weights["gate_up"]),
-        cast(weights["down"]),
+        cast(weights["gate_up"], x_TD.dtype, precision),
+        cast(weights["down"], x_TD.dtype, precision),
         assignments_per_token=assignments_per_token,
         precision=precision,
         implementation=implementation,

@@ -23,7 +23,7 @@ from moelab import schema
 PACKAGE = Path(__file__).parent
 SCALARS = (bool, int, float, str)
 # Fields of a router or mechanism that the model or linen sets, never a config.
-_NOT_CONFIGURED = ("parent", "name", "num_experts")
+_NOT_CONFIGURED = ("parent", "name", "num_experts", "token_counts")
 
 
 class FieldError(Exception):

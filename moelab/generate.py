@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from moelab import evaluate
 from moelab import model as model_lib
+from moelab.errors import UserError
 
 
 def sample(
@@ -140,22 +141,15 @@ def model_step(model: model_lib.Transformer, variables: dict, cache_length: int)
     """Returns the `step` of `generate` for a model on one device; its first cache is {}.
 
     Raises:
-      ValueError: a router looks at later tokens, so that one token at a time is another model.
+      UserError: a router looks at later tokens, so that one token at a time is another model.
     """
-    for block in (block for segment in model.segments for block in segment.blocks):
-        if block.moe is not None and not block.moe.router.causal:
-            kind = type(block.moe.router).__module__.rpartition(".")[2]
-            raise ValueError(
-                f"router {kind} looks at later tokens: token by token is not the model that was trained"
-            )
+    if model.leak:
+        raise UserError(
+            f"the routing looks at later tokens ({model.leak}): token by token is not the model that was trained"
+        )
 
     def step(cache: dict, token_BL: jax.Array) -> tuple[jax.Array, dict]:
-        inputs = model_lib.Inputs(
-            token_BL,
-            jnp.ones(token_BL.shape, bool),
-            jnp.full(token_BL.shape[:1], -1, jnp.int32),
-            jnp.zeros((), jnp.int32),
-        )
+        inputs = model_lib.Inputs(token_BL, jnp.ones(token_BL.shape, bool))
         out, cache = model.apply(
             variables | cache, inputs, cache_length=cache_length, mutable=["cache"]
         )
@@ -189,7 +183,7 @@ def generate_run(
     """
     loaded = evaluate.load_run(workdir, step)
     tokenizer, state = loaded.dataset.tokenizer, loaded.state
-    model = model_lib.from_config(loaded.config, tokenizer.vocab_size)
+    model = model_lib.from_dataset(loaded.config, loaded.dataset)
     tokens = [tokenizer.end_id, *tokenizer.encode(prompt)]
 
     @jax.jit

@@ -314,6 +314,8 @@ def router_record(
     load_ME: np.ndarray,
     dropped_M: np.ndarray | None = None,
     logit_norm_M: np.ndarray | None = None,
+    idle_M: np.ndarray | None = None,
+    log_sum_exp_M: np.ndarray | None = None,
 ) -> dict[str, list]:
     """Describes the routing of M MoE layers for a journal record.
 
@@ -322,26 +324,34 @@ def router_record(
       load_ME: assignments that each expert computed.
       dropped_M: assignments that a capacity removed; None: nothing is said of them.
       logit_norm_M: mean Euclidean norm of the router's logits; None: not said.
+      log_sum_exp_M: mean log-sum-exp of the router's logits; None: not said.
+      idle_M: assignments to experts without computation; None or all zero: nothing is said of them.
 
     Returns:
-      layers, load (shares, each row sums to 1), max_violation, entropy, dead_experts, and where given dropped_share
-      (of the router's choices) and logit_norm.
+      layers, assigned (assignments that experts computed), load (shares, each row sums to 1), max_violation, entropy,
+      dead_experts, and where given dropped_share (of the router's choices), logit_norm, log_sum_exp and idle_share (of
+      all assignments).
     """
-    load_ME = np.asarray(load_ME, np.float64).reshape(len(layers), -1)
     if not layers:
-        keys = ("load", "max_violation", "entropy", "dead_experts")
+        keys = ("assigned", "load", "max_violation", "entropy", "dead_experts")
         return {"layers": []} | {key: [] for key in keys}
+    load_ME = np.asarray(load_ME, np.float64).reshape(len(layers), -1)
+    idle_M = np.zeros(len(layers)) if idle_M is None else np.asarray(idle_M, np.float64)
     total_M = load_ME.sum(1)
     found = {
         "layers": list(layers),
+        "assigned": total_M.tolist(),
         "load": (load_ME / np.maximum(total_M, 1)[:, None]).tolist(),
         "max_violation": max_violation(load_ME).tolist(),
         "entropy": normalized_entropy(load_ME).tolist(),
         "dead_experts": dead_experts(load_ME).tolist(),
     }
     if dropped_M is not None:
-        chosen_M = np.maximum(total_M + dropped_M, 1)
+        chosen_M = np.maximum(total_M + idle_M + dropped_M, 1)
         found["dropped_share"] = (np.asarray(dropped_M) / chosen_M).tolist()
-    if logit_norm_M is not None:
-        found["logit_norm"] = np.asarray(logit_norm_M, np.float64).tolist()
+    for name, value_M in (("logit_norm", logit_norm_M), ("log_sum_exp", log_sum_exp_M)):
+        if value_M is not None:
+            found[name] = np.asarray(value_M, np.float64).tolist()
+    if idle_M.any():
+        found["idle_share"] = (idle_M / np.maximum(total_M + idle_M, 1)).tolist()
     return found

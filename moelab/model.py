@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from moelab import attention, balance, experts, moe, parallel, routers
+from moelab import attention, balance, experts, moe, parallel, routers, soft_moe
 from moelab.routing import RouterInput
 
 
@@ -34,6 +34,19 @@ class Segment:
     count: int
     blocks: tuple[BlockConfig, ...]
 
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """Names of the blocks with experts."""
+        return tuple(f"block_{i}" for i, b in enumerate(self.blocks) if b.moe is not None)
+
+    def replayed(self, replay_MTK: jax.Array | None, first: int) -> dict[str, jax.Array]:
+        """Cuts the replayed choices of this segment's MoE layers out: (count, T, C) by block."""
+        if replay_MTK is None:
+            return {}
+        names = self.sparse
+        mine = replay_MTK[first : first + self.count * len(names)]
+        return {name: mine[i :: len(names)] for i, name in enumerate(names)}
+
 
 class Inputs(NamedTuple):
     """A batch of token ids and what is known of them.
@@ -41,14 +54,19 @@ class Inputs(NamedTuple):
     Attributes:
       token_BL: int32.
       mask_BL: bool, False for padding (routed nowhere).
-      domain_B: int32 domain of each sequence, -1 where unknown.
-      step: () int32 optimizer step, for noise.
+      domain_B: int32 domain of each sequence; None: unknown.
+      key: (2,) uint32 key data of the step, for routers with noise; None: zeros.
+      row_B: int32 place of each sequence in the step's whole batch, for noise; None: these are the whole batch.
+      replay_MTK: int32 columns to select in each MoE layer instead of the routers' own choice, T = B*L tokens with
+        the routers' slots; None: the routers choose.
     """
 
     token_BL: jax.Array
     mask_BL: jax.Array
-    domain_B: jax.Array
-    step: jax.Array
+    domain_B: jax.Array | None = None
+    key: jax.Array | None = None
+    row_B: jax.Array | None = None
+    replay_MTK: jax.Array | None = None
 
 
 class Output(NamedTuple):
@@ -86,22 +104,37 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x_BLD: jax.Array, inputs: RouterInput, trace: bool, cache_length: int
-    ) -> tuple[jax.Array, moe.LayerReport | None]:
+    ) -> tuple[jax.Array, moe.LayerReport | None, jax.Array | None]:
         config, scale = self.config, self.output_scale
         normed = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BLD)
         attend = attention.Attention(config.attention, scale, name="attention")
         x_BLD = x_BLD + attend(normed, cache_length)
         normed = RMSNorm(config.norm_epsilon, name="feed_forward_norm")(x_BLD)
         if config.moe is not None:
-            sparse = moe.MoeBlock(config.moe, self.mesh, scale, name="moe")
-            y_BLD, report = sparse(normed, inputs, trace)
-            return x_BLD + y_BLD, report
+            block = soft_moe.SoftMoeBlock if config.moe.slots_per_expert else moe.MoeBlock
+            sparse = block(config.moe, self.mesh, scale, name="moe")
+            y_BLD, report, logit_TC = sparse(normed, inputs, trace)
+            return x_BLD + y_BLD, report, logit_TC
         width = x_BLD.shape[-1]
         weights = self.param(
             "dense", lambda k: experts.init_swiglu(k, (), width, config.dense_width, scale)
         )
         y_TD = experts.swiglu(normed.reshape(-1, width), weights)
-        return x_BLD + y_TD.reshape(x_BLD.shape), None
+        return x_BLD + y_TD.reshape(x_BLD.shape), None, None
+
+
+class _Carry(NamedTuple):
+    """What goes from block to block.
+
+    Attributes:
+      x_BLD: the residual stream.
+      logit_TC: logits of the last MoE layer, zeros before the first; None where no router reads them.
+      layer: () int32 blocks done, part of the key of a router's noise.
+    """
+
+    x_BLD: jax.Array
+    logit_TC: jax.Array | None
+    layer: jax.Array
 
 
 class _Unit(nn.Module):
@@ -115,15 +148,24 @@ class _Unit(nn.Module):
     cache_length: int
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, inputs: RouterInput):
-        inputs = inputs._replace(train=self.train)
-        reports = {}
+    def __call__(self, carry: _Carry, inputs: RouterInput, replay: dict[str, jax.Array]):
+        reports, key = {}, jax.random.wrap_key_data(inputs.key, impl="threefry2x32")
         for i, config in enumerate(self.segment.blocks):
-            block = Block(config, self.mesh, self.output_scale, name=f"block_{i}")
-            x_BLD, report = block(x_BLD, inputs, self.trace, self.cache_length)
+            name = f"block_{i}"
+            inputs = inputs._replace(
+                train=self.train,
+                key=jax.random.key_data(jax.random.fold_in(key, carry.layer)),
+                previous_logit_TC=carry.logit_TC,
+                replay_TK=replay.get(name),
+            )
+            block = Block(config, self.mesh, self.output_scale, name=name)
+            x_BLD, report, logit_TC = block(carry.x_BLD, inputs, self.trace, self.cache_length)
             if report is not None:
-                reports[f"block_{i}"] = report
-        return x_BLD, reports
+                reports[name] = report
+            if carry.logit_TC is None or logit_TC is None:
+                logit_TC = carry.logit_TC
+            carry = _Carry(x_BLD, logit_TC, carry.layer + 1)
+        return carry, reports
 
 
 class Transformer(nn.Module):
@@ -172,7 +214,8 @@ class Transformer(nn.Module):
         x_BLD = embedding_VD[inputs.token_BL].astype(self.dtype) * self.width**0.5
         router_input = _router_input(inputs)
         num_layers = sum(s.count * len(s.blocks) for s in self.segments)
-        reports = []
+        carry = _Carry(x_BLD, self._no_logits(x_BLD), jnp.zeros((), jnp.int32))
+        reports, first = [], 0
         for i, segment in enumerate(self.segments):
             unit = _scan(segment, self.remat)(
                 segment=segment,
@@ -183,10 +226,25 @@ class Transformer(nn.Module):
                 cache_length=cache_length,
                 name=f"segment_{i}",
             )
-            x_BLD, report = unit(x_BLD, router_input)
+            replay = segment.replayed(inputs.replay_MTK, first)
+            carry, report = unit(carry, router_input, replay)
+            first += segment.count * len(segment.sparse)
             reports.append(report)
-        hidden = RMSNorm(self.norm_epsilon, name="final_norm")(x_BLD)
+        hidden = RMSNorm(self.norm_epsilon, name="final_norm")(carry.x_BLD)
         return Output(hidden, tuple(reports))
+
+    def _no_logits(self, x_BLD: jax.Array) -> jax.Array | None:
+        """Zeros for the logits before the first MoE layer, where a router reads them."""
+        routers_ = [b.moe.router for s in self.segments for b in s.blocks if b.moe is not None]
+        if not any(router.uses_previous_logits for router in routers_):
+            return None
+        return jnp.zeros((x_BLD.shape[0] * x_BLD.shape[1], routers_[0].num_columns), jnp.float32)
+
+    @property
+    def leak(self) -> str:
+        """Why outputs depend on later tokens; empty where they do not."""
+        blocks = (block for segment in self.segments for block in segment.blocks)
+        return next((b.moe.leak for b in blocks if b.moe is not None and b.moe.leak), "")
 
 
 def head(params: dict) -> jax.Array:
@@ -206,20 +264,24 @@ def _scan(segment: Segment, remat: bool):
         unit,
         variable_axes={"params": 0, "router_state": 0, "quantized": 0, "cache": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=segment.count,
     )
 
 
 def _router_input(inputs: Inputs) -> RouterInput:
     batch, length = inputs.token_BL.shape
+    sequence_B = jnp.arange(batch, dtype=jnp.int32)
+    row_B = sequence_B if inputs.row_B is None else inputs.row_B
+    domain_B = jnp.full_like(sequence_B, -1) if inputs.domain_B is None else inputs.domain_B
+    position_BL = row_B[:, None] * length + jnp.arange(length, dtype=jnp.int32)[None]
     return RouterInput(
         token_id_T=inputs.token_BL.reshape(-1),
-        sequence_T=jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length),
-        position_T=jnp.arange(batch * length, dtype=jnp.int32),
+        sequence_T=jnp.repeat(sequence_B, length),
+        position_T=position_BL.reshape(-1),
         mask_T=inputs.mask_BL.reshape(-1),
-        domain_T=jnp.repeat(inputs.domain_B, length),
-        step=inputs.step,
+        domain_T=jnp.repeat(domain_B, length),
+        key=jnp.zeros((2,), jnp.uint32) if inputs.key is None else inputs.key,
         train=None,
     )
 
@@ -270,6 +332,7 @@ def from_config(
     *,
     dtype: str | None = None,
     precision: pallas_kernels.MatmulPrecision | None = None,
+    token_counts: tuple[int, ...] = (),
 ) -> Transformer:
     """Builds the model of a config: the only place that knows both config and modules.
 
@@ -279,7 +342,9 @@ def from_config(
       mesh: devices; None takes the first one.
       dtype: overrides config.model.dtype.
       precision: formats of the expert matmuls, for evaluation; None: the model's dtype.
+      token_counts: how often each id occurs in the training data, for routers that go by it; empty: all alike.
     """
+    counts = token_counts or (1,) * vocab_size
     m = config.model
     dense = BlockConfig(
         attention=attention.AttentionConfig(
@@ -295,7 +360,7 @@ def from_config(
     blocks = [dense] * m.num_layers
     sparse_layers = moe_layers(config)
     if sparse_layers:
-        sparse = dataclasses.replace(dense, moe=_moe_config(config, precision))
+        sparse = dataclasses.replace(dense, moe=_moe_config(config, precision, counts))
         for i in sparse_layers:
             blocks[i] = sparse
     return Transformer(
@@ -310,10 +375,29 @@ def from_config(
     )
 
 
-def _moe_config(config, precision) -> moe.MoeConfig:
+def _mechanism(config, kind: str):
+    mechanism = balance.make(kind, **config.balance[kind])
+    return mechanism.uncut() if config.train.accumulation_steps == 1 else mechanism
+
+
+def from_dataset(config, dataset, mesh: jax.sharding.Mesh | None = None, **options) -> Transformer:
+    """Builds the model of a config for a data.Dataset: its vocabulary, its token counts where a router wants them."""
+    if _wants_counts(config.router.kind) and config.moe.num_experts:
+        options["token_counts"] = dataset.token_counts
+    return from_config(config, dataset.tokenizer.vocab_size, mesh, **options)
+
+
+def _wants_counts(kind: str) -> bool:
+    return "token_counts" in routers.module(kind).Router.__dataclass_fields__
+
+
+def _moe_config(config, precision, token_counts: tuple[int, ...]) -> moe.MoeConfig:
     fields = config.router.to_dict()
-    router = routers.make(fields.pop("kind"), num_experts=config.moe.num_experts, **fields)
-    mechanisms = ((kind, balance.make(kind, **config.balance[kind])) for kind in balance.KINDS)
+    kind = fields.pop("kind")
+    if _wants_counts(kind):
+        fields["token_counts"] = token_counts
+    router = routers.make(kind, num_experts=config.moe.num_experts, **fields)
+    mechanisms = ((kind, _mechanism(config, kind)) for kind in balance.KINDS)
     implementation = config.moe.implementation
     return moe.MoeConfig(
         router=router,
@@ -321,6 +405,7 @@ def _moe_config(config, precision) -> moe.MoeConfig:
         expert_width=config.moe.expert_width,
         shared_width=config.moe.num_shared_experts * config.moe.expert_width,
         capacity_factor=config.moe.capacity_factor,
+        slots_per_expert=config.moe.slots_per_expert,
         precision=precision,
         implementation=None if implementation == "auto" else implementation,
     )
@@ -332,14 +417,19 @@ def init(model: Transformer, key: jax.Array) -> dict:
     inputs = Inputs(
         token_BL=jnp.zeros((batch, 2), jnp.int32),
         mask_BL=jnp.ones((batch, 2), bool),
-        domain_B=jnp.zeros((batch,), jnp.int32),
-        step=jnp.zeros((), jnp.int32),
     )
     variables = jax.jit(model.init)(key, inputs)  # one program, not one per operation
     return {
         "params": variables["params"],
         "router_state": variables["router_state"] if "router_state" in variables else {},
     }
+
+
+def _active_share(config) -> float:
+    """Expert parameters that a token's computation costs over all of them; with a router, by its nominal k."""
+    if config.moe.slots_per_expert:
+        return config.moe.slots_per_expert / config.train.length
+    return config.router.k / config.moe.num_experts
 
 
 def summary(config, vocab_size: int) -> dict:
@@ -361,11 +451,12 @@ def summary(config, vocab_size: int) -> dict:
         total += leaf.size
         expert += leaf.size if "['experts']" in jax.tree_util.keystr(path) else 0
     m, layers = config.model, len(moe_layers(config))
-    share = config.router.k / config.moe.num_experts if layers else 0.0
-    active = total - expert + round(expert * share)
+    share = _active_share(config) if layers else 0.0
+    active = total - expert + round(expert * min(1.0, share))
+    computed = total - expert + round(expert * share)
     embedding = 0 if m.tied_head else vocab_size * m.width  # a look-up, not a matmul
     attention_flops = 4 * config.train.length * m.num_heads * m.head_dim * m.num_layers
-    forward = 2 * (active - embedding) + attention_flops
+    forward = 2 * (computed - embedding) + attention_flops
     nbytes = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))  # noqa: E731
     return {
         "parameters": {"total": total, "active": active, "expert": expert},

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from moelab import balancing, experts, parallel
+from moelab import balancing, capacity, experts, idle, parallel
 from moelab import routing as routing_lib
+from moelab.router import Router
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,36 +28,57 @@ class MoeConfig:
       expert_width: F.
       shared_width: hidden width of the shared experts together; 0: none.
       capacity_factor: 0 for dropless.
+      slots_per_expert: 0, or the slots per expert and sequence of Soft MoE, which then replaces the router.
       precision: formats of the expert matmuls; None computes in the block's dtype.
       implementation: grouped matmul backend; None picks.
     """
 
-    router: nn.Module
+    router: Router
     mechanisms: tuple[tuple[str, balancing.Mechanism], ...]
     expert_width: int
     shared_width: int = 0
     capacity_factor: float = 0.0
+    slots_per_expert: int = 0
     precision: pallas_kernels.MatmulPrecision | None = None
     implementation: str | None = None
 
+    @property
+    def leak(self) -> str:
+        """Why outputs depend on later tokens; empty where they do not."""
+        if self.slots_per_expert:
+            return "every slot of Soft MoE mixes all tokens of its sequence, later ones included"
+        if not self.router.causal:
+            return self.router.reason
+        if self.capacity_factor and self.router.slots != 1:
+            return "under a capacity, first choices of later tokens drop second choices of earlier ones"
+        return ""
+
 
 class LayerReport(NamedTuple):
-    """What leaves a MoE layer besides its output, reduced over tokens.
+    """What leaves a MoE layer besides its output, reduced over tokens but for `rows` and `trace`.
 
     Attributes:
       loss: unweighted balancing losses by mechanism, float32 scalars.
+      weight: their coefficients in force.
       observation: statistics by mechanism, to be summed over micro-batches before `update`.
+      rows: statistics by mechanism with a token axis, to be concatenated before `update`.
       load_E: float32 number of assignments that each expert computed.
+      idle: float32 number of assignments to experts without computation.
       dropped: float32 number of assignments that a capacity removed.
       logit_norm: float32 mean over valid tokens of the router logits' Euclidean norm.
+      log_sum_exp: float32 mean over valid tokens of the router logits' log-sum-exp, whose square the z-loss penalises.
       trace: the Routing itself where asked for, else None.
     """
 
     loss: dict[str, jax.Array]
+    weight: dict[str, jax.Array]
     observation: dict[str, dict[str, jax.Array]]
+    rows: dict[str, dict[str, jax.Array]]
     load_E: jax.Array
+    idle: jax.Array
     dropped: jax.Array
     logit_norm: jax.Array
+    log_sum_exp: jax.Array
     trace: Any
 
 
@@ -70,34 +92,44 @@ class MoeBlock(nn.Module):
     @nn.compact
     def __call__(
         self, x_BLD: jax.Array, inputs: routing_lib.RouterInput, trace: bool = False
-    ) -> tuple[jax.Array, LayerReport]:
+    ) -> tuple[jax.Array, LayerReport, jax.Array]:
+        """Returns the output, the report, and the router's logits (T, C)."""
         config, width = self.config, x_BLD.shape[-1]
+        router = config.router
         x_TD = x_BLD.reshape(-1, width)
-        router_params = self.param("router", _init_router(config.router, width))
-        weights = self._expert_weights(width)
+        # In this order: a parameter's random key depends on the ones before it.
+        router_params = self.param("router", _init_router(router, width))
+        weights = {"experts": self._expert_weights(width)}
+        if router.idle_experts:
+            weights["idle"] = self.param("idle", idle.init, router.idle_experts, width)
         states = {
             name: self._mechanism_state(name, mechanism) for name, mechanism in config.mechanisms
         }
         local = parallel.shard_tokens(
             _local_forward(config, inputs.train), self.mesh, (True, True, False, False, False)
         )
-        y_TD, routing = local(
-            x_TD, inputs._replace(train=None), router_params, _bias(config, states), weights
-        )
+        # The key is no token's: it goes in with the parameters.
+        per_token, key = inputs._replace(train=None, key=None), inputs.key
+        shared = {"router": router_params, "key": key}
+        y_TD, routing = local(x_TD, per_token, shared, _bias(config, states), weights)
         if config.shared_width:
-            shared = self.param(
-                "shared",
-                lambda key: experts.init_swiglu(
-                    key, (), width, config.shared_width, self.output_scale
-                ),
-            )
-            y_TD = y_TD + experts.swiglu(x_TD, shared)
-        return y_TD.reshape(x_BLD.shape), _report(config, routing, states, trace)
+            y_TD = y_TD + self._shared_experts(x_TD)
+        found = report(config, routing, states, trace)
+        return y_TD.reshape(x_BLD.shape), found, routing.aux.logit_TC
 
     def _mechanism_state(self, name: str, mechanism: balancing.Mechanism) -> dict[str, jax.Array]:
         """The mechanism's state, read-only in here; `update` moves it once per optimizer step."""
-        initial = mechanism.init(self.config.router.num_experts)
+        initial = mechanism.init(self.config.router)
         return self.variable("router_state", name, lambda: initial).value if initial else {}
+
+    def _shared_experts(self, x_TD: jax.Array) -> jax.Array:
+        """The experts that every token passes, as one SwiGLU: (T, D)."""
+        hidden = self.config.shared_width
+        weights = self.param(
+            "shared",
+            lambda key: experts.init_swiglu(key, (), x_TD.shape[1], hidden, self.output_scale),
+        )
+        return experts.swiglu(x_TD, weights)
 
     def _expert_weights(self, width: int) -> experts.Weights:
         """The packed weights where a quantized collection came along, else the parameters."""
@@ -115,14 +147,11 @@ class MoeBlock(nn.Module):
         )
 
 
-def _init_router(router: nn.Module, width: int):
-    """Returns an initializer that draws the router's parameters from two tokens of zeros."""
+def _init_router(router: Router, width: int):
+    """Returns an initializer that draws the router's parameters from tokens of zeros."""
 
     def init(key: jax.Array):
-        zeros_T = jnp.zeros((router.num_experts,), jnp.int32)
-        inputs = routing_lib.RouterInput(
-            zeros_T, zeros_T, zeros_T, zeros_T == 0, zeros_T, jnp.zeros((), jnp.int32)
-        )
+        inputs = routing_lib.plain_inputs(router.num_experts)
         x_TD = jnp.zeros((router.num_experts, width), jnp.float32)
         variables = router.init(key, x_TD, inputs, None)
         return variables["params"] if "params" in variables else {}
@@ -139,44 +168,57 @@ def _bias(config: MoeConfig, states: dict) -> jax.Array | None:
 
 def _local_forward(config: MoeConfig, train: bool):
     """Returns router and experts as a function of one device's tokens."""
-    router = config.router
-    per_token = router.k if router.token_choice else None
+    router, factor = config.router, config.capacity_factor
 
-    def forward(x_TD, inputs, router_params, bias_E, weights):
-        inputs = inputs._replace(train=train)
-        routing = router.apply({"params": router_params}, x_TD, inputs, bias_E)
-        if config.capacity_factor and per_token:
-            limit = routing_lib.capacity(
-                routing.expert_N.size, router.num_experts, config.capacity_factor
-            )
-            routing = routing_lib.drop_over_capacity(routing, router.num_experts, per_token, limit)
+    def forward(x_TD, inputs, shared, bias_C, weights):
+        inputs = inputs._replace(train=train, key=shared["key"])
+        routing = router.apply({"params": shared["router"]}, x_TD, inputs, bias_C)
+        if factor and router.slots:
+            limit = capacity.limit(x_TD.shape[0] * router.k, router.num_experts, factor)
+            first_T = routing.weight_N.reshape(-1, router.slots)[:, 0] if router.by_score else None
+            routing = capacity.drop(routing, router.num_experts, router.slots, limit, first_T)
         y_TD = experts.apply(
-            weights,
+            weights["experts"],
             x_TD,
             routing,
-            assignments_per_token=per_token,
+            assignments_per_token=router.slots,
             precision=config.precision,
             implementation=config.implementation,
         )
+        if router.idle_experts:
+            kinds, num_experts = router.idle_experts, router.num_experts
+            y_TD = y_TD + idle.apply(weights["idle"], kinds, x_TD, routing, num_experts)
         first = jax.lax.axis_index(parallel.DATA) * x_TD.shape[0]
         return y_TD, routing._replace(token_N=routing.token_N + first)
 
     return forward
 
 
-def _report(
+def report(
     config: MoeConfig, routing: routing_lib.Routing, states: dict, trace: bool
 ) -> LayerReport:
-    num_experts, aux = config.router.num_experts, routing.aux
-    load_E = routing_lib.load(routing.expert_N, num_experts)
-    chosen = jnp.sum(aux.choice_N < num_experts).astype(jnp.float32)
-    norm_T = jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(aux.logit_TE)), axis=-1))
+    """Reduces a routing to what leaves the layer."""
+    router, aux = config.router, routing.aux
+    load_E = routing_lib.load(routing.expert_N, router.num_experts)
+    idle_count = jnp.sum(routing.expert_N > router.num_experts).astype(jnp.float32)
+    chosen = jnp.sum(aux.choice_N < router.num_columns).astype(jnp.float32)
+    logit_TC = jax.lax.stop_gradient(aux.logit_TC)
     valid = jnp.maximum(jnp.sum(aux.mask_T), 1).astype(jnp.float32)
+
+    def mean(value_T: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(aux.mask_T, value_T, 0)) / valid
+
+    with_loss = [(n, m) for n, m in config.mechanisms if m.has_loss]
+    weights = {n: jnp.asarray(m.weight(states[n]), jnp.float32) for n, m in with_loss}
     return LayerReport(
-        loss={n: m.loss(routing, states[n]) for n, m in config.mechanisms if m.has_loss},
-        observation={n: m.observe(routing) for n, m in config.mechanisms},
+        loss={n: m.loss(routing, states[n], router) for n, m in with_loss},
+        weight=weights,
+        observation={n: m.observe(routing, states[n], router) for n, m in config.mechanisms},
+        rows={n: m.rows(routing, states[n], router) for n, m in config.mechanisms},
         load_E=load_E,
-        dropped=chosen - jnp.sum(load_E),
-        logit_norm=jnp.sum(jnp.where(aux.mask_T, norm_T, 0)) / valid,
+        idle=idle_count,
+        dropped=chosen - jnp.sum(load_E) - idle_count,
+        logit_norm=mean(jnp.sqrt(jnp.sum(jnp.square(logit_TC), axis=-1))),
+        log_sum_exp=mean(jax.nn.logsumexp(logit_TC, axis=-1)),
         trace=routing if trace else None,
     )

@@ -58,6 +58,7 @@ def conclude(session, config_file: str, overrides: list[str], command: str) -> d
         environment=environment.describe() | {"mesh": dict(session.mesh.shape)},
         data=_data(dataset),
         parameters=summary["parameters"],
+        leak=session.model.leak,
         training={
             "steps": num_steps,
             "tokens": last["tokens"],

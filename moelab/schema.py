@@ -45,6 +45,9 @@ class Moe:
     capacity_factor: float = (
         0.0  # 0: dropless; else an expert takes ceil(factor * assignments / experts)
     )
+    slots_per_expert: int = (
+        0  # Soft MoE (arXiv:2308.00951) with so many slots per expert and sequence; 0: a router
+    )
     implementation: str = "auto"  # grouped matmul backend; auto picks the fastest that works here
 
 
@@ -107,6 +110,16 @@ class Train:
     head_chunk: int = 1024  # tokens whose logits exist at one time; 0: all at once
     max_nonfinite_steps: int = (
         5  # skipped steps in a row after which the run stops with exit code 3
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Upcycle:
+    """A dense run whose parameters the sparse model starts from."""
+
+    run: str = ""  # directory of a finished dense run of the same model; empty: start from nothing
+    virtual_groups: bool = (
+        True  # experts that hold the shards of one copy start with the same router column
     )
 
 
@@ -217,6 +230,7 @@ SECTIONS = {
     "model": Model,
     "moe": Moe,
     "train": Train,
+    "upcycle": Upcycle,
     "evaluation": Evaluation,
     "checkpoint": Checkpoint,
     "logging": Logging,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moelab import balance, loss, moe
+from moelab import loss, moe, parallel
 from moelab import model as model_lib
 
 
@@ -43,23 +43,27 @@ class StepReport(NamedTuple):
     Attributes:
       loss: language-model loss, nats per token, without balancing losses.
       balance: unweighted balancing losses by mechanism, averaged over layers.
+      coefficient: their coefficients in force, averaged over layers.
       total_loss: what the gradient is of.
       gradient_norm: global norm before clipping.
       finite: bool; False means that the step was skipped.
       skipped, skipped_in_row: counters of the state after the step.
-      load_ME, dropped_M, logit_norm_M: see moe.LayerReport.
+      load_ME, idle_M, dropped_M, logit_norm_M, log_sum_exp_M: see moe.LayerReport.
     """
 
     loss: jax.Array
     balance: dict[str, jax.Array]
+    coefficient: dict[str, jax.Array]
     total_loss: jax.Array
     gradient_norm: jax.Array
     finite: jax.Array
     skipped: jax.Array
     skipped_in_row: jax.Array
     load_ME: jax.Array
+    idle_M: jax.Array
     dropped_M: jax.Array
     logit_norm_M: jax.Array
+    log_sum_exp_M: jax.Array
 
 
 def init_state(
@@ -97,15 +101,17 @@ def make_train_step(config, model: model_lib.Transformer, optimizer: optax.Gradi
     `batch` has token_BL, target_BL, mask_BL and domain_B. `poison` is 1.0; the reliability tests pass NaN to make the
     loss of a step non-finite.
     """
-    coefficients = {
-        kind: mechanism.strength
-        for kind in balance.KINDS
-        if (mechanism := balance.make(kind, **config.balance[kind])).has_loss
-    }
+    count = config.train.accumulation_steps
 
-    def objective(params, router_state, batch, step, total, poison):
-        inputs = model_lib.Inputs(batch.token_BL, batch.mask_BL, batch.domain_B, step)
-        out = model.apply({"params": params, "router_state": router_state}, inputs, train=True)
+    def forward(params, router_state, micro: _Micro):
+        batch = micro.batch
+        inputs = model_lib.Inputs(
+            batch.token_BL, batch.mask_BL, batch.domain_B, micro.key, micro.row_B
+        )
+        return model.apply({"params": params, "router_state": router_state}, inputs, train=True)
+
+    def objective(params, router_state, micro: _Micro, total, poison):
+        out, batch = forward(params, router_state, micro), micro.batch
         mask_T = batch.mask_BL.reshape(-1)
         weight_T = jnp.where(mask_T, 1.0 / total, 0.0)
         lm_loss, _ = loss.sharded_cross_entropy(
@@ -120,35 +126,51 @@ def make_train_step(config, model: model_lib.Transformer, optimizer: optax.Gradi
         # The share of the step's tokens that this micro-batch has, so that its mean losses add up to the step's.
         share = jnp.sum(mask_T).astype(jnp.float32) / total
         layers = in_block_order(out.reports)
-        losses = {
-            name: sum(layer.loss[name] for layer in layers) * (share / len(layers))
-            for name in (layers[0].loss if layers else {})
-        }
-        objective = lm_loss + sum(coefficients[name] * value for name, value in losses.items())
-        reports = jax.tree.map(jax.lax.stop_gradient, out.reports)
-        return objective, (lm_loss, losses, _scaled_norms(reports, share))
+        part = share / max(len(layers), 1)
+        penalty = sum(
+            (
+                layer.weight[name] * value * part
+                for layer in layers
+                for name, value in layer.loss.items()
+            ),
+            jnp.zeros((), jnp.float32),
+        )
+        reports, rows = _split_rows(jax.tree.map(jax.lax.stop_gradient, out.reports))
+        return lm_loss + penalty, (lm_loss, _shared_out(reports, share), rows)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
-    def summed_gradient(state, batch, poison):
-        total = jnp.maximum(jnp.sum(batch.mask_BL), 1).astype(jnp.float32)
-        arguments = (state.step, total, poison)
-        count = config.train.accumulation_steps
-        if count == 1:
-            return gradient(state.params, state.router_state, batch, *arguments)
+    def summed_gradient(state, router_state, micros: _Micro, total, poison):
+        def call(micro):
+            (value, (lm_loss, reports, rows)), grads = gradient(
+                state.params, router_state, micro, total, poison
+            )
+            return (value, lm_loss, reports, grads), rows
 
-        def body(carry, micro):
-            part = gradient(state.params, state.router_state, micro, *arguments)
-            return jax.tree.map(jnp.add, carry, part), None
+        summed, rows = _over_micro_batches(call, micros, count)
+        return *summed, rows
 
-        micro = jax.tree.map(lambda a: split_batch(a, count, model.mesh.size), batch)
-        first = jax.tree.map(lambda a: a[0], micro)
-        shapes = jax.eval_shape(gradient, state.params, state.router_state, first, *arguments)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(body, zeros, micro)[0]
+    def counted(state, micros: _Micro):
+        """The state as mechanisms that count first want it: with this step's statistics."""
+        names = [n for n, m in _mechanisms(model) if m.counts_first]
+        if not names:
+            return state.router_state
+
+        def call(micro):
+            out = forward(state.params, state.router_state, micro)
+            reports, rows = _split_rows(out.reports)
+            return reports, rows
+
+        reports, rows = _over_micro_batches(call, micros, count)
+        return update_router_state(model, state.router_state, reports, rows, only=names)
 
     def step(state: TrainState, batch, poison) -> tuple[TrainState, StepReport]:
-        (total_loss, (lm_loss, losses, reports)), grads = summed_gradient(state, batch, poison)
+        total = jnp.maximum(jnp.sum(batch.mask_BL), 1).astype(jnp.float32)
+        micros = _cut(state, batch, count, model.mesh.size)
+        router_state = counted(state, micros)
+        total_loss, lm_loss, reports, grads, rows = summed_gradient(
+            state, router_state, micros, total, poison
+        )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total_loss) & jnp.isfinite(norm)
         if config.train.clip_norm:
@@ -157,7 +179,7 @@ def make_train_step(config, model: model_lib.Transformer, optimizer: optax.Gradi
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        router_state = update_router_state(model, state.router_state, reports)
+        router_state = update_router_state(model, router_state, reports, rows)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
         skipped = jnp.logical_not(finite).astype(jnp.int32)
         new_state = TrainState(
@@ -169,11 +191,75 @@ def make_train_step(config, model: model_lib.Transformer, optimizer: optax.Gradi
             skipped=state.skipped + skipped,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
         )
-        return new_state, _step_report(
-            lm_loss, losses, total_loss, norm, finite, new_state, in_block_order(reports)
-        )
+        return new_state, _step_report(lm_loss, total_loss, norm, finite, new_state, reports)
 
     return step
+
+
+class _Micro(NamedTuple):
+    """A micro-batch, or a stack of them.
+
+    Attributes:
+      batch: data.Batch.
+      row_B: int32 places of its sequences in the step's batch.
+      key: (2,) uint32 key data of the step's noise.
+    """
+
+    batch: Any
+    row_B: jax.Array
+    key: jax.Array
+
+
+def _cut(state: TrainState, batch, count: int, num_devices: int) -> _Micro:
+    """Stacks the step's micro-batches; the one of a step without accumulation is not stacked."""
+    run_key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+    key = jax.random.key_data(jax.random.fold_in(run_key, state.step))
+    row_B = jnp.arange(batch.mask_BL.shape[0], dtype=jnp.int32)
+    if count == 1:
+        return _Micro(batch, row_B, key)
+    cut = jax.tree.map(lambda a: split_batch(a, count, num_devices), (batch, row_B))
+    return _Micro(*cut, jnp.broadcast_to(key, (count, *key.shape)))
+
+
+def _over_micro_batches(call, micros: _Micro, count: int):
+    """Calls call(micro) -> (summed, rows) on every micro-batch; adds the first up, concatenates the second."""
+    if count == 1:
+        return call(micros)
+
+    def body(total, micro):
+        part, rows = call(micro)
+        return jax.tree.map(jnp.add, total, part), rows
+
+    shapes = jax.eval_shape(lambda m: call(jax.tree.map(lambda a: a[0], m))[0], micros)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    summed, rows = jax.lax.scan(body, zeros, micros)
+    # (micro-batches, layers, tokens, ...) -> (layers, all tokens, ...)
+    return summed, jax.tree.map(
+        lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:]), rows
+    )
+
+
+def _split_rows(reports: Any) -> tuple[Any, Any]:
+    """Takes the rows and the trace out of the reports, the rest of which can be added up."""
+    rows = tuple({k: r.rows for k, r in segment.items()} for segment in reports)
+    rest = tuple(
+        {k: r._replace(rows={}, trace=None) for k, r in segment.items()} for segment in reports
+    )
+    return rest, rows
+
+
+def _shared_out(reports: Any, share: jax.Array) -> Any:
+    """Weighs what is a mean over tokens by the micro-batch's share of them, so that it can be added up."""
+
+    def weighed(report: moe.LayerReport) -> moe.LayerReport:
+        return report._replace(
+            loss={name: value * share for name, value in report.loss.items()},
+            weight={name: value * share for name, value in report.weight.items()},
+            logit_norm=report.logit_norm * share,
+            log_sum_exp=report.log_sum_exp * share,
+        )
+
+    return tuple({k: weighed(r) for k, r in segment.items()} for segment in reports)
 
 
 def split_batch(array: jax.Array, count: int, num_devices: int) -> jax.Array:
@@ -182,52 +268,90 @@ def split_batch(array: jax.Array, count: int, num_devices: int) -> jax.Array:
     return jnp.swapaxes(per_device, 0, 1).reshape(count, -1, *array.shape[1:])
 
 
-def update_router_state(model: model_lib.Transformer, state: Any, reports: Any) -> Any:
-    """Applies each mechanism's update to its state in every layer, with the step's summed statistics."""
+def _mechanisms(model: model_lib.Transformer) -> tuple:
+    """(name, mechanism) of the model's MoE layers, which all have the same."""
+    blocks = (block for segment in model.segments for block in segment.blocks)
+    return next((b.moe.mechanisms for b in blocks if b.moe is not None), ())
+
+
+def update_router_state(
+    model: model_lib.Transformer, state: Any, reports: Any, rows: Any, only: list[str] | None = None
+) -> Any:
+    """Applies each mechanism's update (or those of `only`) to its state in every layer, given the step's statistics."""
+    shared = {
+        name: _over_layers(reports, name) for name, m in _mechanisms(model) if m.across_layers
+    }
     new = {}
-    for i, (segment, report) in enumerate(zip(model.segments, reports, strict=True)):
+    for i, (segment, report, row) in enumerate(zip(model.segments, reports, rows, strict=True)):
         blocks = {}
-        for j, block in enumerate(segment.blocks):
-            if block.moe is not None and f"segment_{i}" in state:
-                old = state[f"segment_{i}"][f"block_{j}"]["moe"]
-                observed = report[f"block_{j}"].observation
-                blocks[f"block_{j}"] = {"moe": _updated(block.moe, old, observed)}
+        for name in segment.sparse if f"segment_{i}" in state else ():
+            config = segment.blocks[int(name.removeprefix("block_"))].moe
+            old = state[f"segment_{i}"][name]["moe"]
+            statistics = {n: report[name].observation[n] | row[name][n] for n in old}
+            for n in shared.keys() & old.keys():
+                statistics[n] = _for_each(shared[n], segment.count)
+            blocks[name] = {"moe": _updated(config, old, statistics, only)}
         if blocks:
             new[f"segment_{i}"] = blocks
     return new
 
 
-def _updated(config: moe.MoeConfig, state: dict, observation: dict) -> dict:
+def _over_layers(reports: Any, name: str) -> dict[str, jax.Array]:
+    """Adds a mechanism's statistics up over all MoE layers."""
+    parts = [r.observation[name] for segment in reports for r in segment.values()]
+    parts = [jax.tree.map(lambda a: jnp.sum(a, axis=0), part) for part in parts]
+    return jax.tree.map(lambda *a: sum(a[1:], a[0]), *parts)
+
+
+def _for_each(total: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), total)
+
+
+def _updated(config: moe.MoeConfig, state: dict, statistics: dict, only: list[str] | None) -> dict:
     """Updates the mechanisms that have a state; the leading axis is the segment's layers."""
-    return {
-        name: jax.vmap(mechanism.update)(state[name], observation[name])
-        for name, mechanism in config.mechanisms
-        if name in state
-    }
+    new = dict(state)
+    for name, mechanism in config.mechanisms:
+        if name in state and (only is None or name in only):
+
+            def update(old, total, mechanism=mechanism):
+                return mechanism.update(old, total, config.router)
+
+            new[name] = jax.vmap(update)(state[name], statistics[name])
+    return new
 
 
-def _scaled_norms(reports: Any, share: jax.Array) -> Any:
-    """Weights the mean logit norms of a micro-batch by its share of tokens, so that they can be summed."""
-    return tuple(
-        {k: r._replace(logit_norm=r.logit_norm * share) for k, r in segment.items()}
-        for segment in reports
-    )
+def _step_report(lm_loss, total_loss, norm, finite, state, reports) -> StepReport:
+    layers = in_block_order(reports)
 
-
-def _step_report(lm_loss, losses, total_loss, norm, finite, state, layers) -> StepReport:
     def stack(name):
         arrays = [getattr(layer, name) for layer in layers]
         return jnp.stack(arrays) if arrays else jnp.zeros((0,), jnp.float32)
 
+    def mean(name):
+        values = [getattr(layer, name) for layer in layers]
+        return {n: sum(v[n] for v in values) / len(values) for n in (values[0] if values else ())}
+
     return StepReport(
         loss=lm_loss,
-        balance=losses,
+        balance=mean("loss"),
+        coefficient=mean("weight"),
         total_loss=total_loss,
         gradient_norm=norm,
         finite=finite,
         skipped=state.skipped,
         skipped_in_row=state.skipped_in_row,
         load_ME=stack("load_E"),
+        idle_M=stack("idle"),
         dropped_M=stack("dropped"),
         logit_norm_M=stack("logit_norm"),
+        log_sum_exp_M=stack("log_sum_exp"),
     )
+
+
+def abstract_state(
+    config, model: model_lib.Transformer, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Shapes, dtypes and placement of a run's state."""
+    shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
+    sharding = parallel.replicated(model.mesh)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moelab import checkpoint, data, evaluate, metrics, optimizer, parallel, record
+from moelab import checkpoint, data, evaluate, metrics, optimizer, parallel, record, upcycle
 from moelab import config as configs
 from moelab import model as model_lib
 from moelab import step as step_lib
@@ -98,9 +98,13 @@ class _Session:
     def __init__(self, config, workdir: Path, dataset, resume: str):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.mesh = parallel.make_mesh()
-        self.model = model_lib.from_config(config, dataset.tokenizer.vocab_size, self.mesh)
+        self.model = model_lib.from_dataset(config, dataset, self.mesh)
         abstract = jax.eval_shape(lambda: model_lib.init(self.model, jax.random.key(0)))
         self.optimizer = optimizer.make(config, abstract["params"])
+        if self.model.leak:
+            note(
+                f"warning: not a causal language model: {self.model.leak}; its loss is not comparable"
+            )
         self.schedule = optimizer.schedule(config, config.optimizer.learning_rate)
         self.checkpoints = checkpoint.Checkpoints(
             workdir / "checkpoints", keep=config.checkpoint.keep, on_event=self._event_later
@@ -133,15 +137,6 @@ class _Session:
     def _event_later(self, event: str, step: int, detail: dict) -> None:
         self.events.append((event, step, detail))
 
-    def _abstract_state(self) -> step_lib.TrainState:
-        sharding = parallel.replicated(self.mesh)
-        shapes = jax.eval_shape(
-            lambda: step_lib.init_state(self.model, self.optimizer, self.config.seed)
-        )
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes
-        )
-
     def _compile(self) -> jax.stages.Compiled:
         train_step = step_lib.make_train_step(self.config, self.model, self.optimizer)
         shape = (self.config.train.batch_size, self.config.train.length)
@@ -156,20 +151,36 @@ class _Session:
         )
         poison = jax.ShapeDtypeStruct((), np.float32)
         jitted = jax.jit(train_step, donate_argnums=0)
-        return jitted.lower(self._abstract_state(), batch, poison).compile()
+        return jitted.lower(
+            step_lib.abstract_state(self.config, self.model, self.optimizer), batch, poison
+        ).compile()
 
     def _restore(self, resume: str) -> step_lib.TrainState:
+        abstract = step_lib.abstract_state(self.config, self.model, self.optimizer)
+        restored = self.checkpoints.restore_latest(abstract)
+        if restored is not None:
+            return restored[1]
+        if resume == "must":
+            raise ConfigError(f"{self.workdir} has no good checkpoint, and --resume=must")
         init = jax.jit(
             lambda: step_lib.init_state(self.model, self.optimizer, self.config.seed),
             out_shardings=parallel.replicated(self.mesh),
         )
-        abstract = self._abstract_state()
-        restored = self.checkpoints.restore_latest(abstract)
-        if restored is None:
-            if resume == "must":
-                raise ConfigError(f"{self.workdir} has no good checkpoint, and --resume=must")
-            return init()
-        return restored[1]
+        return self._upcycled(init()) if self.config.upcycle.run else init()
+
+    def _upcycled(self, state: step_lib.TrainState) -> step_lib.TrainState:
+        """The first state, with the parameters of a dense run."""
+        loaded = evaluate.load_run(self.config.upcycle.run)
+        if loaded.dataset.tokenizer.sha256 != self.dataset.tokenizer.sha256:
+            raise ConfigError(f"{self.config.upcycle.run} was trained with another tokenizer")
+        dense_model = model_lib.from_dataset(loaded.config, loaded.dataset)
+        dense = jax.device_get(loaded.state.params)
+        new = upcycle.params(self.config, self.model, state.params, dense_model, dense)
+        new = jax.device_put(new, parallel.replicated(self.mesh))
+        digest = checkpoint.state_digest(loaded.state)
+        detail = {"run": self.config.upcycle.run, "step": loaded.step, "digest": digest}
+        self._event_later("upcycled", 0, detail)
+        return state._replace(params=new, opt_state=self.optimizer.init(new))
 
     def _open_journal(self) -> None:
         path = self.workdir / "metrics.jsonl"
@@ -238,6 +249,7 @@ class _Session:
             "step": step,
             "loss": float(report.loss),
             "balance": {name: float(value) for name, value in report.balance.items()},
+            "coefficient": {name: float(value) for name, value in report.coefficient.items()},
             "total_loss": float(report.total_loss),
             "learning_rate": float(self.schedule(step - 1 - int(report.skipped))),
             "gradient_norm": float(report.gradient_norm),
@@ -251,6 +263,8 @@ class _Session:
                 np.asarray(report.load_ME),
                 np.asarray(report.dropped_M),
                 np.asarray(report.logit_norm_M),
+                np.asarray(report.idle_M),
+                np.asarray(report.log_sum_exp_M),
             ),
         }
 

@@ -31,7 +31,8 @@ _AT_LEAST = {
         moe.expert_width moe.every train.num_steps train.batch_size train.length train.accumulation_steps
         train.max_nonfinite_steps evaluation.batch_size checkpoint.every checkpoint.keep logging.every
         optimizer.newton_schulz_steps data.vocab_size""",
-    0: """seed moe.num_experts moe.num_shared_experts moe.num_dense_layers moe.capacity_factor train.clip_norm
+    0: """seed moe.num_experts moe.num_shared_experts moe.num_dense_layers moe.capacity_factor
+        moe.slots_per_expert train.clip_norm
         train.head_chunk evaluation.every evaluation.tokens_per_domain schedule.warmup_steps
         optimizer.weight_decay data.end_id""",
     257: "tokenizer.vocab_size",  # 256 bytes and the end of a document
@@ -60,6 +61,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         *_data(config),
         *_names(config),
         *_open_sets(config),
+        *_upcycle(config),
     ]
     sections = list(config)
     return sorted(problems, key=lambda problem: sections.index(problem.path.partition(".")[0]))
@@ -107,6 +109,25 @@ def _model(config: ml_collections.ConfigDict) -> Iterator[Problem]:
         )
     if moe.num_experts > 0:
         yield from _blocks(config)
+        yield from _sparse(config)
+
+
+def _sparse(config: ml_collections.ConfigDict) -> Iterator[Problem]:
+    model, moe = config.model, config.moe
+    dense_only = moe.num_dense_layers + moe.every > model.num_layers >= moe.num_dense_layers
+    if moe.every > 0 and model.num_layers > 0 and dense_only:
+        yield Problem(
+            "moe.every",
+            f"leaves no layer with experts: {model.num_layers} layers, the first {moe.num_dense_layers} dense, then "
+            f"each {moe.every}th; for a dense model set moe.num_experts=0",
+        )
+    if moe.slots_per_expert > 0:
+        if moe.capacity_factor:
+            yield Problem(
+                "moe.capacity_factor", "must be 0 with Soft MoE: its slots are its capacity"
+            )
+        if config.router.kind != "top_k":
+            yield Problem("router.kind", "must be left at top_k with Soft MoE, which has no router")
 
 
 def _divisor(number: int, near: int) -> int:
@@ -219,12 +240,20 @@ def _open_sets(config: ml_collections.ConfigDict) -> Iterator[Problem]:
     modules["router"] = f"moelab.routers.{config.router.kind}"
     for section, name in modules.items():
         (values,) = _value(config, section)
+        if section != "router" and not values[next(iter(values))]:
+            continue  # a mechanism's first field is its strength: it is off
         check = getattr(importlib.import_module(name), "validate", None)
         if check:
             for field, message in check(values.to_dict(), config):
                 yield Problem(f"{section}.{field}", message)
         else:
             yield from _unchecked(section, values, config)
+
+
+def _upcycle(config: ml_collections.ConfigDict) -> Iterator[Problem]:
+    if config.upcycle.run:
+        for path, message in importlib.import_module("moelab.upcycle").problems(config):
+            yield Problem(path, message)
 
 
 def _unchecked(section: str, values, config: ml_collections.ConfigDict) -> Iterator[Problem]:

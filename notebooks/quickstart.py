@@ -49,14 +49,10 @@ shared_1D = 0.8 * jax.random.normal(jax.random.key(3), (1, width))
 table = shared_1D + jax.random.normal(jax.random.key(0), (dataset.tokenizer.vocab_size, width))
 x_TD = table[batch.token_BL.reshape(-1)]
 num_tokens = x_TD.shape[0]
-index_T = jnp.arange(num_tokens, dtype=jnp.int32)
-inputs = routing.RouterInput(
+inputs = routing.plain_inputs(num_tokens)._replace(
     token_id_T=jnp.asarray(batch.token_BL.reshape(-1)),
-    sequence_T=index_T // 128,
-    position_T=index_T,
-    mask_T=jnp.ones((num_tokens,), bool),
+    sequence_T=jnp.arange(num_tokens, dtype=jnp.int32) // 128,
     domain_T=jnp.repeat(jnp.asarray(batch.domain_B), 128),
-    step=jnp.zeros((), jnp.int32),
 )
 router = routers.make("top_k", num_experts=num_experts, k=2)
 params = router.init(jax.random.key(1), x_TD, inputs)
@@ -73,12 +69,12 @@ assert load.sum() == 2 * num_tokens  # dropless: every token reaches two experts
 
 # %%
 mechanism = balance.make("loss_free_bias", rate=0.003)
-state = mechanism.init(num_experts)
+state = mechanism.init(router)
 violation = []
 for _ in range(80):
     routed = router.apply(params, x_TD, inputs, mechanism.selection_bias(state))
     violation.append(float(metrics.max_violation(routing.load(routed.expert_N, num_experts))))
-    state = mechanism.update(state, mechanism.observe(routed))
+    state = mechanism.update(state, mechanism.observe(routed, state, router), router)
 assert violation[-1] < violation[0] / 2
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))

@@ -80,7 +80,7 @@ class TestHelp:
         assert done.code == 0 and done.err == ""
         assert done.out.startswith(f"usage: moelab {command}".strip())
 
-    @pytest.mark.parametrize("group", ["config", "data"])
+    @pytest.mark.parametrize("group", ["config", "data", "routes"])
     def test_of_a_group_is_printed_for_its_name_alone(self, moelab_main, group):
         assert moelab_main(group, "--help").out == moelab_main(group).out
 
@@ -102,6 +102,7 @@ class TestLightImports:
         code = (
             "import sys, moelab, moelab.cli, moelab.config, moelab.schema, moelab.environment, moelab.launch\n"
             "import moelab.cli.running, moelab.cli.results, moelab.cli.inspecting, moelab.cli.data_commands\n"
+            "import moelab.cli.routes, moelab.trace, moelab.diagnostics, moelab.placement\n"
             "assert 'run' in dir(moelab) and callable(moelab.load_config)\n"
             "assert moelab.cli.main(['config', 'list']) == 0\n"
             "assert 'jax' not in sys.modules"
@@ -125,6 +126,13 @@ class TestTypos:
             ("frobnicate", "there are run, eval, generate"),
             ("config shwo", "did you mean moelab config show?"),
             ("data biuld", "did you mean moelab data build?"),
+            ("routes recrod x", "did you mean moelab routes record?"),
+            ("routes record", "the following arguments are required: RUN"),
+            ("routes record nowhere", "nowhere is no run directory"),
+            ("routes replay nowhere x.npz", "x.npz: there is no such file"),
+            ("routes place x.npz", "'moelab routes place' wants --devices=N"),
+            ("routes place x.npz --devices=0", "--devices: wants an int from 1, got '0'"),
+            ("routes place x.npz --devcies=2", "did you mean --devices?"),
             ("run --cofig=demo", "did you mean --config?"),
             ("run --cofig demo", "did you mean --config?"),
             ("run -config=demo", "did you mean --config?"),

@@ -383,7 +383,9 @@ class TestProblems:
 
         added = lambda values, c: [("coefficient", f"is odd with {c.moe.num_experts} experts")]  # noqa: E731
         monkeypatch.setattr(z_loss, "validate", added, raising=False)
-        assert self.of() == {"balance.z_loss.coefficient": "is odd with 16 experts"}
+        assert self.of() == {}  # asked where the mechanism is on
+        found = self.of("balance.z_loss.coefficient=0.1")
+        assert found == {"balance.z_loss.coefficient": "is odd with 16 experts"}
 
     def test_routers_without_checks_still_have_k_checked(self, monkeypatch):
         from moelab.routers import top_k

@@ -13,15 +13,16 @@ LIBRARY = sorted((ROOT / "moelab").rglob("*.py"))
 KERNELS = sorted((ROOT / "pallas_kernels").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 
-# routing <- routers, balance <- experts <- model <- train, evaluate <- cli: a module may import from its own rank or
-# below. What is not listed is a leaf that anyone may import and that imports no model code (see PLAIN).
+# routing <- scores, router <- routers, balance <- experts <- model <- train, evaluate <- cli: a module may import from
+# its own rank or below. What is not listed is a leaf that anyone may import and that imports no model code (see PLAIN).
 RANKS = [
     ["moelab.routing"],
+    ["moelab.scores", "moelab.capacity", "moelab.idle", "moelab.router"],
     ["moelab.routers", "moelab.balance", "moelab.balancing"],
     ["moelab.experts", "moelab.attention", "moelab.moe", "moelab.loss"],
     ["moelab.model", "moelab.optimizer"],
     ["moelab.step"],
-    ["moelab.evaluate", "moelab.generate", "moelab.record"],
+    ["moelab.evaluate", "moelab.generate", "moelab.record", "moelab.routes"],
     ["moelab.train"],
     ["moelab.launch"],
     ["moelab.cli", "moelab.__main__"],
@@ -32,12 +33,15 @@ PLAIN = [
     "moelab.report",
     "moelab.config",
     "moelab.config_file",
+    "moelab.diagnostics",
     "moelab.environment",
     "moelab.errors",
     "moelab.fields",
     "moelab.metrics",
+    "moelab.placement",
     "moelab.schema",
     "moelab.spelling",
+    "moelab.trace",
     "moelab.validation",
 ]
 NO_JAX_AT_IMPORT = [*PLAIN, "moelab.cli", "moelab.launch", "moelab.__main__"]
@@ -134,6 +138,10 @@ def test_only_declared_packages_are_imported(path):
         ("pallas_kernels.formats", "def f():\n    from moelab import routing"),
         ("moelab.routing", "from moelab import routers"),
         ("moelab.routing", "from moelab.routers import top_k"),
+        ("moelab.routing", "from moelab import scores"),
+        ("moelab.capacity", "from moelab import balancing"),
+        ("moelab.router", "from moelab.routers import top_k"),
+        ("moelab.trace", "def f():\n    from moelab import routing"),
         ("moelab.routers.top_k", "from moelab import moe"),
         ("moelab.model", "from moelab import train"),
         ("moelab.evaluate", "import moelab.train"),

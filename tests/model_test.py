@@ -1,9 +1,6 @@
-"""The transformer: causality, cache, remat, scan, segments, sharing, counts, dtypes, several devices."""
+"""The transformer: causality, cache, remat, scan, segments, sharing, counts, dtypes."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +136,7 @@ def test_bfloat16_computes_near_float32_with_a_float32_router(built):
     a = forward(transformer, variables, make_inputs()).hidden_BLD
     out = forward(half, variables, make_inputs(), trace=True)
     assert out.hidden_BLD.dtype == jnp.bfloat16
-    assert out.reports[1]["block_0"].trace.aux.logit_TE.dtype == jnp.float32
+    assert out.reports[1]["block_0"].trace.aux.logit_TC.dtype == jnp.float32
     # bfloat16 keeps 8 bits; a few tokens may change an expert, so compare the bulk.
     error = np.abs(np.asarray(a) - np.asarray(out.hidden_BLD, np.float32))
     assert np.median(error) < 0.02
@@ -195,18 +192,3 @@ def test_equal_blocks_are_hashable_and_equal(built):
     assert transformer.segments == again.segments
     assert hash(transformer.segments) == hash(again.segments)
     assert isinstance(transformer.segments[1].blocks[0].moe, moe.MoeConfig)
-
-
-def test_eight_devices_give_what_one_gives():
-    """Loss, gradients and load with the batch over 8 virtual devices; a process of its own sets their number."""
-    code = os.path.join(os.path.dirname(__file__), "devices_check.py")
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, code],
-        env=os.environ | {"XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "equal on 1 and 8 devices" in done.stdout

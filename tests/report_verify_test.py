@@ -104,7 +104,7 @@ def test_one_changed_character_in_each_section_is_found(run, section):
     def change(card):
         value = card[section]
         if isinstance(value, str):
-            card[section] = ("0" if value[0] != "0" else "1") + value[1:]
+            card[section] = ("0" if value[:1] != "0" else "1") + value[1:]
         elif isinstance(value, list):
             value.append("x")
         elif isinstance(value, dict):

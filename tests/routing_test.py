@@ -1,20 +1,12 @@
-"""Routing values: selection, capacity in k-major priority, loads; hand-worked numbers and a loop oracle."""
+"""Routing values: selection, capacity in slot-major priority, scores; hand-worked numbers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from routing_cases import make_inputs
 
-from moelab import routers, routing
-from moelab.routers import top_k
-
-
-def make_inputs(num_tokens, mask=None):
-    zeros = jnp.zeros((num_tokens,), jnp.int32)
-    mask = jnp.ones((num_tokens,), bool) if mask is None else jnp.asarray(mask)
-    return routing.RouterInput(zeros, zeros, zeros, mask, zeros, jnp.zeros((), jnp.int32))
+from moelab import capacity, routers, routing, scores
 
 
 def route(kind, logit_TE, *, mask=None, bias=None, **fields):
@@ -23,7 +15,7 @@ def route(kind, logit_TE, *, mask=None, bias=None, **fields):
     router = routers.make(kind, num_experts=logit_TE.shape[1], **fields)
     params = {"params": {"kernel": jnp.asarray(logit_TE)}}
     x_TD = jnp.eye(logit_TE.shape[0], dtype=jnp.float32)
-    return router.apply(params, x_TD, make_inputs(logit_TE.shape[0], mask), bias)
+    return router.apply(params, x_TD, make_inputs(logit_TE.shape[0], mask=mask), bias)
 
 
 LOGIT = np.log(np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]], np.float32))
@@ -102,55 +94,23 @@ def test_expert_choice_takes_no_padding():
 
 
 def test_capacity_by_hand():
-    # Three tokens, first choices 0 0 0, second choices 1 1 0; one expert takes ceil(.5 * 6 / 2) = 2.
-    # k-major queue of expert 0: tokens 0, 1, 2 (first), then token 2's second... of expert 1: 0, 1.
+    # Three tokens, first choices 0 0 0, second choices 1 1 1; one expert takes ceil(.5 * 6 / 2) = 2.
+    # Slot-major queues: tokens 0, 1, 2 of either expert; the third has no place.
     expert_TK = jnp.array([[0, 1], [0, 1], [0, 1]])
-    aux = routing.from_token_choice(
-        expert_TK, jnp.ones((3, 2)), jnp.zeros((3, 2)), jnp.zeros((3, 2)), make_inputs(3)
-    )
-    limit = routing.capacity(6, 2, 0.5)
+    found = routing.Scores(*[jnp.zeros((3, 2))] * 3)
+    routed = routing.from_token_choice(expert_TK, jnp.ones((3, 2)), found, make_inputs(3), 2)
+    limit = capacity.limit(6, 2, 0.5)
     assert limit == 2
-    r = routing.drop_over_capacity(aux, 2, 2, limit)
+    r = capacity.drop(routed, 2, 2, limit)
     np.testing.assert_array_equal(r.expert_N, [0, 1, 0, 1, 2, 2])
     np.testing.assert_array_equal(r.weight_N, [1, 1, 1, 1, 0, 0])
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.data())
-def test_capacity_against_a_loop(draw):
-    num_tokens = draw.draw(st.integers(0, 9))
-    k, num_experts, limit = 2, 4, draw.draw(st.integers(1, 4))
-    choice = draw.draw(
-        st.lists(st.permutations(range(num_experts)), min_size=num_tokens, max_size=num_tokens)
-    )
-    expert_TK = np.array([c[:k] for c in choice], np.int32).reshape(num_tokens, k)
-    r = routing.from_token_choice(
-        jnp.asarray(expert_TK),
-        jnp.ones((num_tokens, k)),
-        jnp.zeros((num_tokens, num_experts)),
-        jnp.zeros((num_tokens, num_experts)),
-        make_inputs(num_tokens),
-    )
-    got = routing.drop_over_capacity(r, num_experts, k, limit)
-    wanted, used = expert_TK.copy(), [0] * num_experts
-    for slot in range(k):
-        for token in range(num_tokens):
-            expert = expert_TK[token, slot]
-            used[expert] += 1
-            if used[expert] > limit:
-                wanted[token, slot] = num_experts
-    np.testing.assert_array_equal(np.asarray(got.expert_N).reshape(num_tokens, k), wanted)
-    np.testing.assert_array_equal(np.asarray(got.weight_N) > 0, wanted.reshape(-1) < num_experts)
-    np.testing.assert_array_equal(
-        routing.load(got.expert_N, num_experts), np.bincount(wanted.ravel(), minlength=5)[:4]
-    )
 
 
 def test_select_reads_and_its_gradient_is_dense():
     value = jnp.arange(6.0).reshape(2, 3)
     index = jnp.array([[2, 0], [1, 1]])
-    np.testing.assert_array_equal(routing.select(value, index), [[2, 0], [4, 4]])
-    grad = jax.grad(lambda v: jnp.sum(routing.select(v, index)))(value)
+    np.testing.assert_array_equal(scores.select(value, index), [[2, 0], [4, 4]])
+    grad = jax.grad(lambda v: jnp.sum(scores.select(v, index)))(value)
     np.testing.assert_array_equal(grad, [[1, 0, 1], [0, 2, 0]])
 
 
@@ -158,12 +118,12 @@ def test_router_computes_in_float32_for_bfloat16_tokens():
     x = jax.random.normal(jax.random.key(0), (8, 16)).astype(jnp.bfloat16)
     kernel = jax.random.normal(jax.random.key(1), (16, 4))
     wanted = np.asarray(x.astype(jnp.float32), np.float64) @ np.asarray(kernel, np.float64)
-    np.testing.assert_allclose(routing.logits(x, kernel), wanted, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scores.logits(x, kernel), wanted, rtol=0, atol=1e-5)
 
 
 def test_scores_of_sigmoid_normalise_without_an_epsilon():
     # Logits so low that sigmoid underflows in float32: the normalised scores still sum to one.
-    _, prob = top_k.scores(jnp.full((1, 4), -200.0), "sigmoid")
+    _, prob = scores.score(jnp.full((1, 4), -200.0), "sigmoid")
     np.testing.assert_allclose(prob, np.full((1, 4), 0.25), rtol=1e-6)
 
 

@@ -35,7 +35,7 @@ def setup(**train):
 
 
 def bias_of(state):
-    return state.router_state["segment_0"]["block_0"]["moe"]["loss_free_bias"]["bias_E"]
+    return state.router_state["segment_0"]["block_0"]["moe"]["loss_free_bias"]["bias_C"]
 
 
 def test_a_step_moves_everything_once():

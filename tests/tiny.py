@@ -34,5 +34,5 @@ def make_inputs(batch=4, length=16, seed=0, mask=None):
         jnp.asarray(token),
         jnp.asarray(mask),
         jnp.zeros((batch,), jnp.int32),
-        jnp.zeros((), jnp.int32),
+        jnp.zeros((2,), jnp.uint32),
     )

@@ -2,7 +2,8 @@
 
 A file defines a frozen dataclass `Mechanism`, whose first field is its strength (0: off), with the methods of
 `balancing.Mechanism`. A loss is pure in the routing of one batch of tokens; state changes only in `update`, once per
-optimizer step, on statistics summed over the whole global batch.
+optimizer step, on statistics of the whole global batch. It may define
+`validate(fields, config) -> list[(field, message)]`, asked where its strength is not 0.
 """
 
 from __future__ import annotations

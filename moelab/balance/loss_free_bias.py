@@ -3,7 +3,8 @@
     b_i <- b_i + rate * sign(mean_j N_j - N_i)
 
 Wang et al., arXiv:2408.15664, algorithm 1. N counts the choices of the whole global batch; the bias moves once per
-optimizer step, takes no gradient and no weight decay, and is added to the scores for selection only.
+optimizer step, takes no gradient and no weight decay, and is added to the scores for selection only. torchtitan
+subtracts the mean of the step (`zero_mean`), against a common drift of all biases.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moelab import balancing
-from moelab import routing as routing_lib
+from moelab import balancing, routing
+from moelab.router import Router
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,24 +27,33 @@ class Mechanism(balancing.Mechanism):
         False  # subtract the mean of the step, so that the biases do not drift together
     )
 
-    def init(self, num_experts: int) -> dict[str, jax.Array]:
-        """A zero bias: (E,) float32."""
-        return {"bias_E": jnp.zeros((num_experts,), jnp.float32)}
+    def init(self, router: Router) -> balancing.State:
+        """A zero bias: (C,) float32."""
+        return {"bias_C": jnp.zeros((router.num_columns,), jnp.float32)}
 
-    def observe(self, routing: routing_lib.Routing) -> dict[str, jax.Array]:
-        """Counts the router's choices, before any capacity: (E,) float32."""
-        return {"count_E": routing_lib.load(routing.aux.choice_N, routing.aux.prob_TE.shape[1])}
+    def observe(
+        self, routed: routing.Routing, state: balancing.State, router: Router
+    ) -> dict[str, jax.Array]:
+        """Counts the router's choices, before any capacity: (C,) float32."""
+        del state
+        return {"count_C": routing.load(routed.aux.choice_N, router.num_columns)}
 
     def update(
-        self, state: dict[str, jax.Array], total: dict[str, jax.Array]
-    ) -> dict[str, jax.Array]:
+        self, state: balancing.State, total: dict[str, jax.Array], router: Router
+    ) -> balancing.State:
         """Moves each bias by one rate toward balance."""
-        count_E = total["count_E"]
-        step_E = self.rate * jnp.sign(jnp.mean(count_E) - count_E)
+        del router
+        count_C = total["count_C"]
+        step_C = self.rate * jnp.sign(jnp.mean(count_C) - count_C)
         if self.zero_mean:
-            step_E = step_E - jnp.mean(step_E)
-        return {"bias_E": state["bias_E"] + step_E}
+            step_C = step_C - jnp.mean(step_C)
+        return {"bias_C": state["bias_C"] + step_C}
 
-    def selection_bias(self, state: dict[str, jax.Array]) -> jax.Array:
+    def selection_bias(self, state: balancing.State) -> jax.Array:
         """The bias itself."""
-        return state["bias_E"]
+        return state["bias_C"]
+
+
+def validate(fields: dict, config) -> list[tuple[str, str]]:
+    """Lists what is wrong with the fields: (field, message)."""
+    return balancing.check_strength(fields, "rate") + balancing.check_takes_bias(config, "rate")

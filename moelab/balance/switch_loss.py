@@ -1,10 +1,12 @@
-"""The load-balancing loss of Switch and GShard, for any k.
+"""The load-balancing loss of Switch and GShard, for any k and over any scope.
 
-    loss = E * sum_i f_i P_i,   f_i = N_i / sum_j N_j,   P_i = mean over tokens of the normalised score of i
+    loss = C * sum_i f_i P_i,   f_i = N_i / sum_j N_j,   P_i = mean over tokens of the normalised score of i
 
 Switch Transformer, arXiv:2101.03961, eq. 4-6 (k = 1). For k > 1 the count is divided by all assignments, as in
 Megatron-LM and OLMo-core, so that perfect balance is exactly 1; MaxText and Hugging Face leave that division out, and
-their coefficient means k times ours.
+their coefficient means k times ours (`moelab.report.conventions`). Over a sequence it is DeepSeek-V3's loss
+(arXiv:2412.19437, eq. 17-20), over the global batch that of arXiv:2501.11873; counted on first choices only, GShard's
+(arXiv:2006.16668, algorithm 1).
 """
 
 from __future__ import annotations
@@ -15,22 +17,40 @@ import jax
 import jax.numpy as jnp
 
 from moelab import balancing
-from moelab import routing as routing_lib
+from moelab.router import Router
+from moelab.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mechanism(balancing.Mechanism):
-    """Pulls the router's mean score away from the experts that are chosen most in the same micro-batch."""
+class Mechanism(balancing.ScopedLoss):
+    """Pulls the router's mean score away from the experts that are chosen most."""
 
-    coefficient: float = 0.0  # factor of the loss; 0: off; 0.01 is usual
+    first_choice_only: bool = False  # count only each token's first choice (GShard)
 
-    def loss(self, routing: routing_lib.Routing, state: dict[str, jax.Array]) -> jax.Array:
-        """E * sum_i f_i P_i over the valid tokens of a micro-batch on all devices; 1 at balance."""
-        del state
-        num_experts = routing.aux.prob_TE.shape[1]
-        count_E = routing_lib.load(routing.aux.choice_N, num_experts)
-        share_E = count_E / jnp.maximum(jnp.sum(count_E), 1.0)
-        mask_T1 = routing.aux.mask_T[:, None]
-        total_E = jnp.sum(jnp.where(mask_T1, routing.aux.prob_TE, 0), axis=0)
-        mean_E = total_E / jnp.maximum(jnp.sum(mask_T1), 1).astype(jnp.float32)
-        return num_experts * jnp.sum(jax.lax.stop_gradient(share_E) * mean_E)
+    def sums(self, routing: Routing, router: Router) -> dict[str, jax.Array]:
+        """Choices and normalised scores of each token."""
+        slots = 1 if self.first_choice_only and router.slots else None
+        return {
+            "count_C": balancing.column_counts(routing, router.num_columns, slots),
+            "prob_C": jnp.where(routing.aux.mask_T[:, None], routing.aux.prob_TC, 0),
+        }
+
+    def value(self, total: dict[str, jax.Array]) -> jax.Array:
+        """C * sum_i f_i P_i."""
+        count_C = jax.lax.stop_gradient(total["count_C"])
+        share_C = count_C / jnp.maximum(jnp.sum(count_C), 1.0)
+        mean_C = total["prob_C"] / jnp.maximum(total["token_T"], 1.0)
+        return share_C.shape[0] * jnp.sum(share_C * mean_C)
+
+    def balanced(self, router: Router) -> dict[str, jax.Array]:
+        """Equal shares."""
+        columns = router.num_columns
+        return {
+            "count_C": jnp.full((columns,), router.k / columns, jnp.float32),
+            "prob_C": jnp.full((columns,), 1 / columns, jnp.float32),
+        }
+
+
+def validate(fields: dict, config) -> list[tuple[str, str]]:
+    """Lists what is wrong with the fields: (field, message)."""
+    return balancing.check_scope(fields, config)

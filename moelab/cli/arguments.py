@@ -22,6 +22,7 @@ examples:
   moelab config fields --config=demo                    every field: type, value, meaning
   moelab generate --workdir=runs/demo --prompt="Once"   let the trained model write
   moelab report runs/a runs/b --out=report.html         compare finished runs
+  moelab routes record runs/demo                        which experts do the tokens go to?
 
 exit codes: 0 done, 2 your error, 1 crash, 3 non-finite losses, 75 pre-empted (run again to resume)
 'moelab COMMAND --help' explains one command.
@@ -71,6 +72,7 @@ def build() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", prog="moelab")
     _running(commands)
     _results(commands)
+    _routes(_group(commands, "routes", "record, replay, compare and place routes of tokens"))
     config = _group(commands, "config", "show, compare and list configs")
     _config(config)
     data = _group(commands, "data", "build or describe the data of a config")
@@ -128,6 +130,48 @@ def _results(commands) -> None:
     )
     verify = _add(commands, "verify", "results:verify", "check a run's card against its files")
     verify.add_argument("run", metavar="RUN", help="run directory")
+
+
+def _routes(routes) -> None:
+    record = _add(routes, "record", "routes:record", "write which experts a run's tokens go to")
+    _takes_run(record)
+    record.add_argument(
+        "--split", choices=("test", "validation"), default="test", help="which documents (test)"
+    )
+    record.add_argument("--out", metavar="FILE", default="", help="FILE.npz (RUN/routes.npz)")
+    record.add_argument("--weights", action="store_true", help="keep the combine weights too")
+    record.add_argument(
+        "--before_capacity", action="store_true", help="also what a capacity dropped"
+    )
+    text = "evaluate a run with a trace's routes instead of its own"
+    replay = _add(routes, "replay", "routes:replay", text)
+    _takes_run(replay)
+    replay.add_argument("trace", metavar="TRACE", help="file of 'moelab routes record'")
+    diff = _add(routes, "diff", "routes:diff", "how often two traces of the same text differ")
+    for name, text in (("a", "a trace"), ("b", "another; saturation counts it as the final one")):
+        diff.add_argument(name, metavar=name.upper(), help=text)
+    show = _add(routes, "show", "routes:show", "load, specialisation and partners of the experts")
+    show.add_argument("trace", metavar="TRACE", help="file of 'moelab routes record'")
+    text = "place a trace's experts on devices: imbalance before and after"
+    place = _add(routes, "place", "routes:place", text)
+    place.add_argument("trace", metavar="TRACE", help="file of 'moelab routes record'")
+    for name, kind, default, text in (
+        ("devices", _positive, None, "devices that share the experts; must be given"),
+        ("redundant", _integer, 0, "extra slots per layer, for copies of busy experts (0)"),
+        ("nodes", _positive, None, "nodes of the devices; with --groups"),
+        ("groups", _positive, None, "groups of experts that stay on one node; with --nodes"),
+    ):
+        place.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
+
+
+def _takes_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--step", type=_step, default="latest", metavar="N", help="checkpoint (latest)"
+    )
+    parser.add_argument(
+        "--precision", default="float32", metavar="NAME", help="recipe to compute in (float32)"
+    )
 
 
 def _config(config) -> None:

@@ -26,6 +26,7 @@ def report(args: argparse.Namespace) -> int:
         return 0
     for run in args.runs:
         reports.print_result(run)
+        reports.print_coefficients(run)
     return 0
 
 

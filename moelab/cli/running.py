@@ -100,7 +100,12 @@ def _print_result(directory: Path) -> None:
 def _workdir(args: argparse.Namespace) -> Path:
     if not args.workdir:
         raise UserError(f"'{args.parser.prog}' wants --workdir=RUN, a run directory")
-    directory = Path(args.workdir)
+    return run_directory(args.workdir)
+
+
+def run_directory(path: str) -> Path:
+    """Returns the path of a run directory, or says that it is none."""
+    directory = Path(path)
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} is no run directory: it holds no config.json")
     return directory
@@ -110,7 +115,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Evaluates a checkpoint in several precisions."""
     directory = _workdir(args)
     if args.precisions:
-        _check_precisions(args.precisions)
+        check_precisions(args.precisions)
     start_jax()
     from moelab import evaluate as evaluation
 
@@ -139,15 +144,16 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_precisions(names: tuple[str, ...]) -> None:
+def check_precisions(names: tuple[str, ...], option: str = "--precisions") -> None:
+    """Refuses a name that is no recipe, with the one that was meant."""
     from moelab import spelling
     from moelab.quant import recipes
 
     for name in names:
         if name not in recipes.NAMES:
-            guess = spelling.hint(name, recipes.NAMES, "--precisions=")
+            guess = spelling.hint(name, recipes.NAMES, f"{option}=")
             raise UserError(
-                f"--precisions has no {name!r}{guess or f'; there are {", ".join(recipes.NAMES)}'}"
+                f"{option} has no {name!r}{guess or f'; there are {", ".join(recipes.NAMES)}'}"
             )
 
 

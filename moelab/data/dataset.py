@@ -113,6 +113,13 @@ class Dataset:
         """Hash of everything: texts, splits, tokenizer and tokens."""
         return self.manifest["sha256"]
 
+    @functools.cached_property
+    def token_counts(self) -> tuple[int, ...]:
+        """How often each id of the vocabulary occurs in the training split."""
+        size = self.tokenizer.vocab_size
+        parts = [np.bincount(t, minlength=size) for t in self.split("train").tokens]
+        return tuple(sum(parts, np.zeros(size, np.int64)).tolist())
+
     def split(self, name: str) -> TokenSplit:
         """Opens a split; an empty one has no documents, and whoever needs some says so.
 

@@ -3,11 +3,13 @@
 render_run(run_directory)              RESULT.md and report.html beside the run
 write([run, other], Path("out.html"))  a report, or a comparison, as .html, .md or .csv
 print_result(run_directory)            the result table on the terminal
+print_coefficients(run_directory)      the balancing coefficient in other systems' conventions
 verify.verify(run_directory)           the problems of a run's card, none when it holds
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -16,7 +18,15 @@ from typing import IO
 
 from moelab.report.runs import ReportError, Run, load
 
-__all__ = ["ReportError", "Run", "load", "print_result", "render_run", "write"]
+__all__ = [
+    "ReportError",
+    "Run",
+    "load",
+    "print_coefficients",
+    "print_result",
+    "render_run",
+    "write",
+]
 
 _log = logging.getLogger("moelab")
 
@@ -69,6 +79,19 @@ def print_result(
     for table in (tables.result_table(run), tables.baseline_table(run)):
         if table is not None:
             tables.print_table(table, file=file, width=width)
+
+
+def print_coefficients(run_directory: Path | str, file: IO[str] | None = None) -> None:
+    """Prints what the run's balancing coefficient is called elsewhere; nothing where that loss is off."""
+    from moelab.report import tables
+
+    table = tables.coefficient_table(load(run_directory))
+    if table is None:
+        return
+    table = dataclasses.replace(
+        table, columns=table.columns[:-1], rows=tuple(row[:-1] for row in table.rows)
+    )
+    tables.print_table(table, file=file)
 
 
 def _render_one(run: Run, suffix: str) -> str:

@@ -94,14 +94,29 @@ def single(height: float) -> Iterator[tuple[Any, Any]]:
 @contextlib.contextmanager
 def panels(count: int, height: float) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Opens a figure of stacked panels without pyplot, so that no display or global state is touched."""
+    extra = 0.85 if count > 1 or height < 2 else 0
+    with _opened(height * count + extra) as figure:
+        yield figure, figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+
+
+@contextlib.contextmanager
+def grid(count: int, columns: int) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """Opens a figure of square panels, row by row, with room above for a scale."""
+    rows = -(-count // columns)
+    with _opened(rows * _WIDTH / max(columns, 2) + 0.85) as figure:
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for unused in axes[count:]:
+            unused.set_axis_off()
+        yield figure, axes[:count]
+
+
+@contextlib.contextmanager
+def _opened(height: float) -> Iterator[Any]:
     import matplotlib as mpl
     from matplotlib.figure import Figure as MplFigure
 
     with mpl.rc_context(_STYLE):
-        extra = 0.85 if count > 1 or height < 2 else 0
-        figure = MplFigure(figsize=(_WIDTH, height * count + extra), layout="constrained")
-        axes = figure.subplots(count, 1, sharex=True, squeeze=False)
-        yield figure, axes[:, 0]
+        yield MplFigure(figsize=(_WIDTH, height), layout="constrained")
 
 
 _STYLE = {

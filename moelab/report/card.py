@@ -34,6 +34,7 @@ SECTIONS = {  # key -> type, in the order in which the card is written
     "environment": dict,
     "data": dict,
     "parameters": dict,
+    "leak": str,  # why outputs depend on later tokens; empty where they do not
     "training": dict,
     "evaluation": dict,
     "checkpoint": dict,
@@ -80,6 +81,7 @@ def build(
     training: Mapping[str, Any],
     evaluation: Mapping[str, Any],
     checkpoint: Mapping[str, Any],
+    leak: str = "",
     created: str | None = None,
 ) -> dict[str, Any]:
     """Puts a card together and signs it; call it when every file of the run is complete.
@@ -109,6 +111,7 @@ def build(
         "environment": environment,
         "data": data,
         "parameters": parameters,
+        "leak": leak,
         "training": training,
         "evaluation": evaluation,
         "checkpoint": checkpoint,

@@ -47,6 +47,12 @@ def _machine(card: dict[str, Any]) -> str:
 def warnings(run: Run) -> list[str]:
     """Lists what a reader must know before trusting the numbers, loudest first."""
     card, found = run.card, list(run.notes)
+    if card.get("leak"):
+        found.insert(
+            0,
+            f"Not causal: {card['leak']}. The loss of a token may use what comes after it, so its "
+            "numbers do not compare with those of causal models.",
+        )
     if card["data"].get("fallback"):
         found.insert(
             0,

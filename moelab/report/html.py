@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from moelab.report import canvas, facts, page, plots, tables
+from moelab.report import canvas, facts, page, plots, route_plots, routes, tables
 from moelab.report.runs import Run
 
 NO_PLOTS = (
@@ -29,6 +29,8 @@ def render(run: Run) -> str:
         *_baselines(run),
         *_plots(run),
         *_routers(run),
+        *_routes(run),
+        *_coefficients(run),
         _facts(run),
         _repeat(run),
         _footer(run),
@@ -67,6 +69,38 @@ def _routers(run: Run) -> list[str]:
         "1 when balanced. Dropped: share of assignments that a capacity removed."
     )
     return [page.section("Routers", note, page.table(table))]
+
+
+def _routes(run: Run) -> list[str]:
+    """What the run's route traces show, where `moelab routes record` has left some."""
+    found, problems = routes.load(run.directory)
+    if found is None:
+        return [page.section("Routes", *map(page.notice, problems))] if problems else []
+    rows = routes.summary(found.final, pairs=2)
+    drawn = route_plots.figures(found, rows) if canvas.available() else []
+    return [
+        page.section(
+            "Routes",
+            page.paragraph(
+                f"Every token's experts, recorded in {routes.NAME}. Domain information: of the expert on the "
+                "text's domain, against the same text with its documents' domains dealt at random. Pairs: "
+                "experts that serve the same token so many times as often as if chosen independently."
+            ),
+            *map(page.notice, found.notes),
+            page.table(routes.table(rows, f"Routes per MoE layer: {routes.origin(found.final)}")),
+            *([page.figures(drawn)] if drawn else []),
+        )
+    ]
+
+
+def _coefficients(run: Run) -> list[str]:
+    table = tables.coefficient_table(run)
+    if table is None:
+        return []
+    note = page.paragraph(
+        "The number to write elsewhere for the same balancing loss. Formulas as read in each system's code."
+    )
+    return [page.section("The balancing coefficient elsewhere", note, page.table(table))]
 
 
 def _facts(run: Run) -> str:

@@ -96,7 +96,8 @@ def _row(row: Sequence[Cell]) -> str:
         tag, scope = ("th", ' scope="row"') if i == 0 else ("td", "")
         key = "" if cell.value is None else f' data-value="{escape(cell.value)}"'
         small = "".join(f"<small>{escape(t)}</small>" for t in (cell.bounds, cell.detail) if t)
-        cells.append(f"<{tag}{scope}{key}>{escape(cell.text)}{small}</{tag}>")
+        kind = ' class="wide"' if cell.wide else ""
+        cells.append(f"<{tag}{scope}{kind}{key}>{escape(cell.text)}{small}</{tag}>")
     return "".join(cells)
 
 
@@ -174,8 +175,10 @@ th[aria-sort=ascending] button::after{content:"\\2060\\a0\\2191";color:inherit}
 th[aria-sort=descending] button::after{content:"\\2060\\a0\\2193";color:inherit}
 th:first-child{position:sticky;left:0;z-index:1;text-align:left;background:var(--paper)}
 tbody th{font-weight:600}
+td.wide{min-width:22rem;text-align:left;white-space:normal}
 .pairs .hash{font:.75rem/1.7 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .figures,.columns{columns:2 24rem;column-gap:2.2rem}
+.table+.figures{margin-top:1.6rem}
 figure{min-width:0;margin:0 0 1.8rem;break-inside:avoid}
 figure svg{display:block;width:100%;height:auto}
 figure svg *{stroke-linejoin:round;stroke-linecap:butt}

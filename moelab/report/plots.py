@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moelab.report import canvas, statistics
+from moelab.report import canvas, heat_maps, statistics
 from moelab.report import formatting as fmt
 from moelab.report.runs import REFERENCE, Run
 
@@ -187,28 +187,20 @@ def load_heat_map(run: Run) -> canvas.Figure | None:
     load_SLE = np.array([r["router"]["load"] for r in train], float)
     load_SLE = canvas.binned(load_SLE, _MAX_COLUMNS) * load_SLE.shape[-1]
     extent = (train[0]["step"] - 0.5, train[-1]["step"] + 0.5, -0.5, load_SLE.shape[-1] - 0.5)
-    height = max(0.75, min(1.25, 11 / len(layers)))
-    with canvas.panels(len(layers), height) as (figure, axes_L):
-        for i, (axes, layer) in enumerate(zip(axes_L, layers, strict=True)):
-            image = axes.imshow(
-                load_SLE[:, i].T,
-                aspect="auto",
-                origin="lower",
-                interpolation="none",
-                extent=extent,
-                **_load_colors(load_SLE),
-            )
-            axes.set_title(f"block {layer}", loc="left", fontsize=10.5, pad=3)
-            axes.set_ylabel("expert")
-            axes.yaxis.get_major_locator().set_params(integer=True, nbins=5)
-        axes_L[-1].set_xlabel("optimizer step")
-        _color_bar(figure, image, axes_L, load_SLE)
-        return canvas.Figure(
-            "Load per expert over training",
-            "Share of the assignments that each expert gets, relative to a perfectly even share: "
-            "1 is balanced (grey), red is overloaded, deep blue is starved.",
-            canvas.to_svg(figure, "load"),
-        )
+    return canvas.Figure(
+        "Load per expert over training",
+        "Share of the assignments that each expert gets, relative to a perfectly even share: "
+        "1 is balanced (grey), red is overloaded, deep blue is starved.",
+        heat_maps.stacked(
+            "load",
+            [load_SLE[:, i].T for i in range(len(layers))],
+            [f"block {layer}" for layer in layers],
+            height=max(0.75, min(1.25, 11 / len(layers))),
+            x="optimizer step",
+            y="expert",
+            extent=extent,
+        ),
+    )
 
 
 def domain_heat_map(run: Run) -> canvas.Figure | None:
@@ -219,27 +211,19 @@ def domain_heat_map(run: Run) -> canvas.Figure | None:
         return None
     share_LDE = np.array([[[_or_nan(v) for v in e] for e in d] for d in shares])
     relative_LDE = share_LDE * share_LDE.shape[-1]
-    height = 0.42 + 0.17 * len(run.domains)
-    with canvas.panels(len(layers), height) as (figure, axes_L):
-        for i, (axes, layer) in enumerate(zip(axes_L, layers, strict=True)):
-            image = axes.imshow(
-                relative_LDE[i],
-                aspect="auto",
-                interpolation="none",
-                **_load_colors(relative_LDE),
-            )
-            axes.set_title(f"block {layer}", loc="left", fontsize=10.5, pad=3)
-            axes.set_yticks(range(len(run.domains)), run.domains)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.tick_params(length=0)
-        axes_L[-1].set_xlabel("expert")
-        _color_bar(figure, image, axes_L, relative_LDE)
-        return canvas.Figure(
-            "Experts by domain",
-            f"Share of a domain's assignments per expert on the {evaluation.get('split')} split, "
-            "relative to an even share. Columns that change colour down the rows are specialists.",
-            canvas.to_svg(figure, "domains"),
-        )
+    return canvas.Figure(
+        "Experts by domain",
+        f"Share of a domain's assignments per expert on the {evaluation.get('split')} split, "
+        "relative to an even share. Columns that change colour down the rows are specialists.",
+        heat_maps.stacked(
+            "domains",
+            list(relative_LDE),
+            [f"block {layer}" for layer in layers],
+            height=0.42 + 0.17 * len(run.domains),
+            x="expert",
+            rows=run.domains,
+        ),
+    )
 
 
 def quality_against_bytes(run: Run) -> canvas.Figure | None:
@@ -340,30 +324,3 @@ def _spread_labels(axes: Any, points: list[tuple]) -> None:
 def _or_nan(value: Any) -> float:
     x = fmt.number(value)
     return math.nan if x is None else x
-
-
-def _load_colors(relative: np.ndarray) -> dict[str, Any]:
-    from matplotlib.colors import TwoSlopeNorm
-
-    finite = relative[np.isfinite(relative)]
-    top = float(np.percentile(finite, 99.5)) if finite.size else 2.0
-    return {"cmap": "coolwarm", "norm": TwoSlopeNorm(1.0, 0.0, max(2.0, top))}
-
-
-def _color_bar(figure: Any, image: Any, axes_L: Sequence[Any], relative: np.ndarray) -> None:
-    top = image.norm.vmax
-    over = np.any(relative > top)  # NaN is not above anything
-    bar = figure.colorbar(
-        image,
-        ax=list(axes_L),
-        orientation="horizontal",
-        location="top",
-        shrink=0.5,
-        aspect=36,
-        pad=0.02,
-        extend="max" if over else "neither",
-    )
-    bar.set_ticks([0, 0.5, 1, (1 + top) / 2, top])
-    bar.ax.set_xticklabels(["0", "0.5", "1", f"{(1 + top) / 2:.1f}", f"{top:.1f}"])
-    bar.outline.set_visible(False)
-    bar.set_label("load relative to an even share", fontsize=10)

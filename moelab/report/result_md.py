@@ -22,6 +22,7 @@ def render(run: Run) -> str:
     for heading, extra in (
         ("Against baselines", tables.baseline_table(run)),
         ("Routers", tables.router_table(run)),
+        ("The balancing coefficient elsewhere", tables.coefficient_table(run)),
     ):
         if extra is not None:
             parts += [f"## {heading}\n", extra.title + ".\n", tables.to_markdown(extra)]

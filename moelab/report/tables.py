@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import IO, Any
 
+from moelab.report import conventions, statistics
 from moelab.report import formatting as fmt
-from moelab.report import statistics
 from moelab.report.runs import REFERENCE, Run
 
 BASELINES = {"kneser_ney_bigram": "Kneser-Ney bigram"}  # names for readers
@@ -24,6 +24,7 @@ class Cell:
     value: float | str | None = None
     bounds: str = ""  # of the value, behind the text; on a line of their own in HTML
     detail: str = ""  # a remark, shown in HTML only
+    wide: bool = False  # a sentence: wrapped in HTML, left aligned
 
     @property
     def line(self) -> str:
@@ -187,6 +188,32 @@ def router_table(run: Run) -> Table | None:
         f"Router health per MoE layer at training step {trained[-1]['step']}, and over the evaluation set",
         ("layer", *(title for _, title, _ in names), "MaxVio, evaluation"),
         tuple(rows),
+    )
+
+
+def coefficient_table(run: Run) -> Table | None:
+    """Lists what the run's balancing coefficient is called in other systems; None where that loss is off."""
+    layers = run.card["evaluation"].get("layers") or []
+    rows = conventions.of_config(run.card["config"], len(layers))
+    if rows is None:
+        return None
+    coefficient = run.card["config"]["balance"]["switch_loss"]["coefficient"]
+    return Table(
+        f"balance.switch_loss.coefficient = a = {coefficient:g} in other systems' conventions",
+        ("system", "setting", "value", "formula", "loss at balance", "what else differs"),
+        tuple(
+            (
+                Cell(row.system, row.system),
+                Cell(row.setting, row.setting),
+                Cell(
+                    "depends on the batch" if row.value is None else f"{row.value:.4g}", row.value
+                ),
+                Cell(row.formula),
+                Cell(f"{row.at_balance:g}", row.at_balance),
+                Cell(row.caveat, wide=True),
+            )
+            for row in rows
+        ),
     )
 
 

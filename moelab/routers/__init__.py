@@ -1,12 +1,11 @@
 """Each file here is a router: `make("top_k", num_experts=8, k=2)` is `top_k.Router(num_experts=8, k=2)`.
 
-The file's name is the router's `kind` and the folder is the registry. A router is a linen module with the fields that a
-config may set, `num_experts`, and
+The file's name is the router's `kind` and the folder is the registry. A file defines `Router`, a subclass of
+`router.Router` (which says what a router declares) whose fields a config may set, and
 
-    __call__(x_TD, inputs: RouterInput, selection_bias_E) -> Routing
+    __call__(x_TD, inputs: RouterInput, selection_bias_C) -> Routing
 
-Class attributes say what holds for it: `causal` (no output depends on a later token), `token_choice` (N = T*k in
-token-major order), `takes_bias` (a balancing bias steers its selection).
+It may define `validate(fields, config) -> list[(field, message)]`, asked before anything is compiled.
 """
 
 from __future__ import annotations

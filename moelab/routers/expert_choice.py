@@ -1,4 +1,4 @@
-"""Expert choice: each expert takes its C best tokens (arXiv:2202.09368, section 3.2).
+"""Expert choice: each expert takes its best tokens (arXiv:2202.09368).
 
     S = softmax over experts of XW,   G, I = top-C of S^T,   C = T * k / E
 
@@ -12,51 +12,49 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moelab import routing
+from moelab import capacity, router, routing
 
 
-class Router(nn.Module):
-    """Lets each expert choose its tokens among all tokens that the device holds (the router's group)."""
+class Router(router.Router):
+    """Lets each expert choose its tokens among all tokens that the device holds (the router's group).
 
-    num_experts: int
-    k: int = 2  # mean experts per token (the paper's capacity factor c)
-    init_scale: float = 1.0  # the kernel's standard deviation is init_scale / sqrt(D)
+    k is the mean number of experts per token, the paper's capacity factor c.
+    """
 
     causal = False
-    token_choice = False
+    reason = "experts choose among all tokens of the batch, later ones included"
+    competes = True
     takes_bias = False
+
+    @property
+    def slots(self) -> None:
+        """Experts choose: a token has any number of them."""
+        return None
 
     @nn.compact
     def __call__(
         self,
         x_TD: jax.Array,
         inputs: routing.RouterInput,
-        selection_bias_E: jax.Array | None = None,
+        selection_bias_C: jax.Array | None = None,
     ) -> routing.Routing:
         num_tokens = x_TD.shape[0]
-        init = nn.initializers.normal(self.init_scale * x_TD.shape[1] ** -0.5)
-        kernel_DE = self.param("kernel", init, (x_TD.shape[1], self.num_experts), jnp.float32)
-        logit_TE = routing.logits(x_TD, kernel_DE)
-        prob_TE = jax.nn.softmax(logit_TE, axis=-1)
-        limit = min(num_tokens, routing.capacity(num_tokens * self.k, self.num_experts, 1.0))
+        logit_TC = self.kernel_logits(x_TD)
+        prob_TC = jax.nn.softmax(logit_TC, axis=-1)
+        limit = min(num_tokens, capacity.limit(num_tokens * self.k, self.num_experts, 1.0))
+        # NaN goes first: left to top_k, one with a sign bit is below everything, and nobody would see it.
+        rank_TC = jnp.where(jnp.isnan(prob_TC), jnp.inf, prob_TC)
         # Padding goes last, so that an expert takes it only when the group has too few valid tokens.
-        rank_TE = jnp.where(inputs.mask_T[:, None], prob_TE, -jnp.inf)
-        _, token_EC = jax.lax.top_k(jax.lax.stop_gradient(rank_TE).T, limit)
-        weight_EC = jnp.take_along_axis(prob_TE.T, token_EC, axis=1)
-        return routing.from_expert_choice(token_EC, weight_EC, logit_TE, prob_TE, inputs)
+        rank_TC = jnp.where(inputs.mask_T[:, None], rank_TC, -jnp.inf)
+        _, token_EC = jax.lax.top_k(jax.lax.stop_gradient(rank_TC).T, limit)
+        weight_EC = jnp.take_along_axis(prob_TC.T, token_EC, axis=1)
+        found = routing.Scores(logit_TC, prob_TC, prob_TC)
+        return routing.from_expert_choice(token_EC, weight_EC, found, inputs)
 
 
 def validate(fields: dict, config) -> list[tuple[str, str]]:
     """Lists what is wrong with the fields: (field, message)."""
-    problems = []
-    if fields["k"] < 1:
-        problems.append(("k", f"must be at least 1, got {fields['k']}"))
-    if 0 < config.moe.num_experts < fields["k"]:
-        problems.append(
-            ("k", f"must be at most moe.num_experts={config.moe.num_experts}, got {fields['k']}")
-        )
+    problems = router.check_count(fields, config)
     if config.moe.capacity_factor > 0:
         problems.append(("k", "expert choice has its capacity built in: set moe.capacity_factor=0"))
-    if fields["init_scale"] < 0:
-        problems.append(("init_scale", f"must not be negative, got {fields['init_scale']}"))
     return problems

@@ -6,29 +6,56 @@
 """
 
 from pallas_kernels.formats.block_scaled import (
-    FORMATS,
     BlockScaled,
-    Format,
+    count_nonfinite,
     dequantize,
     nbytes,
     quantize,
 )
-from pallas_kernels.formats.elements import E2M1, E4M3, E5M2, Element
-from pallas_kernels.formats.layout import pack, swizzle, unpack, unswizzle
+from pallas_kernels.formats.elements import E2M1, E4M3, E5M2, INT4, INT8, Element, Integer
+from pallas_kernels.formats.hadamard import (
+    block_hadamard,
+    hadamard_matrix,
+    inverse_block_hadamard,
+    random_signs,
+)
+from pallas_kernels.formats.layout import (
+    pack,
+    swizzle,
+    swizzle_groups,
+    unpack,
+    unswizzle,
+    unswizzle_groups,
+)
+from pallas_kernels.formats.table import FORMATS, Format
+from pallas_kernels.formats.views import from_swizzled, mxfp4_to_nvfp4, swizzled_scales
 
 __all__ = [
     "E2M1",
     "E4M3",
     "E5M2",
     "FORMATS",
+    "INT4",
+    "INT8",
     "BlockScaled",
     "Element",
     "Format",
+    "Integer",
+    "block_hadamard",
+    "count_nonfinite",
     "dequantize",
+    "from_swizzled",
+    "hadamard_matrix",
+    "inverse_block_hadamard",
+    "mxfp4_to_nvfp4",
     "nbytes",
     "pack",
     "quantize",
+    "random_signs",
     "swizzle",
+    "swizzle_groups",
+    "swizzled_scales",
     "unpack",
     "unswizzle",
+    "unswizzle_groups",
 ]

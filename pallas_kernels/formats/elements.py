@@ -1,9 +1,9 @@
-"""The number formats of elements and scales, by bit operations: E2M1, E4M3, E5M2 and E8M0.
+"""The number formats of elements and scales, by bit operations: E2M1, E4M3, E5M2, E8M0 and small integers.
 
-Everything is integer arithmetic on float32 bits, so eager, jit, vmap and every backend agree bit for bit: there is no
-log2 or exp2 (inexact in XLA), no sum that a compiler could contract, and no reliance on how float32 subnormals are
-treated (XLA flushes them on CPU). `dtype.astype(float8)` is not used: above its range it gives NaN, and a cast to
-float4 turns NaN into -0.
+Floats are encoded and decoded by integer arithmetic on float32 bits, so eager, jit, vmap and every backend agree bit
+for bit: there is no log2 or exp2 (inexact in XLA), no sum that a compiler could contract, and no reliance on how
+float32 subnormals are treated (XLA flushes them on CPU). `dtype.astype(float8)` is not used: above its range it gives
+NaN, and a cast to float4 turns NaN into -0.
 
 References: OCP Microscaling Formats (MX) v1.0, sections 5.1 to 5.4; OCP 8-bit Floating Point, table 1.
 """
@@ -14,6 +14,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _MANTISSA_BITS = 23  # of float32
@@ -56,8 +57,48 @@ E5M2 = Element("e5m2", bits=8, mantissa_bits=2, bias=15, max_code=0x7B, max_valu
 # fmt: on
 
 
-def encode(x: jax.Array, element: Element, exponent: jax.Array | int = 0) -> jax.Array:
-    """Rounds x * 2^-exponent to the nearest code, ties to even, saturating.
+@dataclasses.dataclass(frozen=True)
+class Integer:
+    """A two's complement integer, symmetric: the most negative code is never written.
+
+    Attributes:
+      name: as in the literature.
+      bits: stored bits, sign included.
+      max_value: largest magnitude; encoding saturates here.
+    """
+
+    name: str
+    bits: int
+    max_value: float
+
+
+INT8 = Integer("int8", bits=8, max_value=127.0)
+INT4 = Integer("int4", bits=4, max_value=7.0)
+
+_RANDOM_BITS = 16  # of each element in stochastic rounding
+_LARGEST_DROPPED = 30  # bits below a code's last, so that a sum with random bits fits into int32
+
+
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draws int32 of a shape, uniform in [0, 2^16), for `encode`; two from each word of the generator, its whole cost.
+
+    Args:
+      key: a single PRNG key.
+      shape: at least one axis.
+    """
+    word = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
+    low, high = word & jnp.uint32(0xFFFF), word >> _RANDOM_BITS
+    both = jnp.concatenate([low, high], axis=-1)[..., : shape[-1]]
+    return lax.optimization_barrier(both.astype(jnp.int32))
+
+
+def encode(
+    x: jax.Array,
+    element: Element,
+    exponent: jax.Array | int = 0,
+    random: jax.Array | None = None,
+) -> jax.Array:
+    """Rounds x * 2^-exponent to the nearest code, ties to even, or stochastically; saturates.
 
     The power of two is taken off the exponent field, never multiplied, so float32-subnormal inputs and tiny scales
     round exactly too.
@@ -67,6 +108,8 @@ def encode(x: jax.Array, element: Element, exponent: jax.Array | int = 0) -> jax
         blocks in the scale.
       element: the target format.
       exponent: int32, of x's shape up to axes of length 1.
+      random: None, or `random_bits` of x's shape. Then x rounds up with the probability of its distance from the code
+        below (to 2^-17 of the gap), so that its mean is x, and a value that has a code keeps it.
 
     Returns:
       uint8 codes of x's shape; the sign of zero is kept.
@@ -83,9 +126,16 @@ def encode(x: jax.Array, element: Element, exponent: jax.Array | int = 0) -> jax
     )  # of the scaled x, unbounded
     smallest = 1 - element.bias + _BIAS  # exponent field of the format's smallest normal number
     dropped = _MANTISSA_BITS - element.mantissa_bits + jnp.maximum(smallest - field, 0)
-    dropped = jnp.minimum(dropped, _MANTISSA_BITS + 2)  # from here on everything rounds to zero
-    odd = (significand >> dropped) & 1
-    rounded = (significand + (1 << (dropped - 1)) - 1 + odd) >> dropped
+    if random is None:
+        dropped = jnp.minimum(dropped, _MANTISSA_BITS + 2)  # from here on everything rounds to zero
+        odd = (significand >> dropped) & 1
+        rounded = (significand + (1 << (dropped - 1)) - 1 + odd) >> dropped
+    else:
+        beyond = jnp.clip(dropped - _LARGEST_DROPPED, 0, _MANTISSA_BITS + 1)
+        dropped = jnp.minimum(dropped, _LARGEST_DROPPED)
+        # Uniform in (0, 2^dropped), in the middle of 2^16 intervals.
+        uniform = (2 * random + 1) << (dropped - _RANDOM_BITS - 1)
+        rounded = ((significand >> beyond) + uniform) >> dropped
     # A carry out of the mantissa moves to the next exponent by itself: codes are ordered like their values.
     code = rounded + (jnp.maximum(field - smallest, 0) << element.mantissa_bits)
     code = jnp.minimum(code, element.max_code)
@@ -115,6 +165,51 @@ def decode(code: jax.Array, element: Element) -> jax.Array:
     if element is E4M3:  # its NaN is the only code that is an ordinary number in float16
         value = jnp.where((code & 0x7F) == E4M3_NAN, jnp.float32(jnp.nan), value)
     return value
+
+
+def encode_integer(x: jax.Array, element: Integer, random: jax.Array | None = None) -> jax.Array:
+    """Rounds x to the nearest integer, ties to even, or stochastically as `encode` does; saturates.
+
+    Args:
+      x: float32. NaN has no code: callers mark non-finite blocks in the scale.
+      element: the target format.
+      random: None, or `random_bits` of x's shape.
+
+    Returns:
+      uint8 codes of x's shape, two's complement in the element's bits.
+    """
+    limit = jnp.float32(element.max_value)
+    x = jnp.clip(
+        x, -limit, limit
+    )  # also keeps a compiler from contracting x's product with the difference
+    if random is None:
+        rounded = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+    else:
+        below = jnp.floor(x)
+        uniform = (2 * random + 1).astype(jnp.float32) * jnp.float32(2.0 ** -(_RANDOM_BITS + 1))
+        rounded = below + (x - below > uniform).astype(jnp.float32)
+    return (rounded.astype(jnp.int32) & (2**element.bits - 1)).astype(jnp.uint8)
+
+
+def decode_integer(code: jax.Array, element: Integer) -> jax.Array:
+    """Returns the float32 values of two's complement codes: uint8, one per byte, bits above the width zero."""
+    sign = 1 << (element.bits - 1)
+    return ((code.astype(jnp.int32) ^ sign) - sign).astype(jnp.float32)
+
+
+def reciprocal(divisor: float) -> jax.Array:
+    """Returns 1 / divisor rounded to float32, as a constant."""
+    return jnp.float32(np.float32(1) / np.float32(divisor))
+
+
+def divide(x: jax.Array, divisor: float | jax.Array) -> jax.Array:
+    """Returns x / divisor correctly rounded: XLA would multiply x by the reciprocal of a constant or a broadcast.
+
+    Args:
+      x: float32. What is not finite is divided by infinity.
+      divisor: float32, of x's shape up to axes of length 1.
+    """
+    return x / jnp.where(jnp.isfinite(x), jnp.asarray(divisor, jnp.float32), jnp.float32(jnp.inf))
 
 
 def power_of_two(exponent: jax.Array) -> jax.Array:

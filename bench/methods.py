@@ -1,0 +1,237 @@
+"""Runs the routing and balancing methods of experiments/, and makes experiments/README.md from what they left.
+
+    python bench/methods.py run --seeds 3 [--only balance/none ...] [--workdir runs/methods]
+    python bench/methods.py collect [--workdir runs/methods]
+
+`run` skips what is finished, one process per run, all methods of a seed before the next seed. `collect` writes a small
+JSON per method to experiments/baselines/ and the tables: bits per byte as a difference to the folder's reference, with
+seeds paired. With one seed the interval is over documents, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from moelab import config as configs  # noqa: E402
+from moelab import diagnostics, metrics, model  # noqa: E402
+from moelab.report import documents  # noqa: E402
+from moelab.report import statistics as intervals  # noqa: E402
+
+REFERENCE = {"balance": "balance/switch_loss", "routing": "routing/top_k"}
+BOUNDS = ("routing/oracle", "routing/uniform")
+PRECISION = "float32"
+TAIL = 0.2  # share of the steps, the last ones, over which training figures are averaged
+
+
+def methods() -> list[str]:
+    """folder/name of every method, the references first."""
+    found = [
+        path.relative_to(ROOT / "experiments").with_suffix("").as_posix()
+        for folder in REFERENCE
+        for path in sorted((ROOT / "experiments" / folder).glob("*.py"))
+    ]
+    return sorted(found, key=lambda name: (name not in REFERENCE.values(), name))
+
+
+def directory(workdir: Path, method: str, seed: int) -> Path:
+    """Where a run lies."""
+    return workdir / f"{method.replace('/', '_')}-s{seed}"
+
+
+def run(options) -> int:
+    """Trains whatever is not finished; returns the number of failures."""
+    failures = 0
+    for seed in range(options.seeds):
+        for method in options.only or methods():
+            target = directory(options.workdir, method, seed)
+            if (target / "result.json").is_file():
+                continue
+            print(f"{method}, seed {seed}", flush=True)
+            config = ROOT / "experiments" / f"{method}.py"
+            done = subprocess.run(
+                [sys.executable, "-m", "moelab", "run", f"--config={config}"]
+                + [f"--workdir={target}", f"--config.seed={seed}"],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+            )
+            failures += done.returncode != 0
+    return failures
+
+
+def summary(target: Path, seed: int) -> dict:
+    """What a run's card and journal say, as the tables want it."""
+    card = json.loads((target / "result.json").read_text())
+    row = next(r for r in card["evaluation"]["rows"] if r["precision"] == PRECISION)
+    train = [r for r in metrics.read(target / "metrics.jsonl") if r["kind"] == "train"]
+    tail = [r["router"] for r in train[-max(1, int(TAIL * len(train))) :]]
+    config = card["config"]
+    tokens = config["train"]["batch_size"] * config["train"]["length"]
+
+    def mean(name):
+        values = [value for router in tail for value in router.get(name, ())]
+        return statistics.fmean(values) if values else None
+
+    assigned = mean("assigned")
+    return {
+        "seed": seed,
+        "config_sha256": card["config_sha256"],
+        "commit": card["environment"].get("git", {}),
+        "bits_per_byte": row["bits_per_byte"],
+        "loss": row["loss"],
+        "max_violation": statistics.fmean(row["max_violation"]),
+        "max_violation_batch": mean("max_violation"),
+        "entropy": mean("entropy"),
+        "dead_experts": mean("dead_experts"),
+        "dropped_share": mean("dropped_share"),
+        "idle_share": mean("idle_share"),
+        "log_sum_exp": mean("log_sum_exp"),
+        "specialisation": _specialisation(card["evaluation"]["load_by_domain"]),
+        "experts_per_token": assigned / tokens if assigned else None,
+        "parameters": card["parameters"],
+        "train_seconds": card["training"]["train_seconds"],
+        "leak": model.from_config(configs.from_dict(config), 4096).leak,
+    }
+
+
+def _specialisation(share_MGE: list) -> float | None:
+    """Mutual information of expert and domain in nats, domains weighted equally, mean over layers."""
+    if not share_MGE:
+        return None
+    return float(diagnostics.mutual_information(np.asarray(share_MGE)).mean())
+
+
+def collect(options) -> int:
+    """Writes the summaries and the tables."""
+    found = {}
+    for method in methods():
+        seeds = [
+            s
+            for s in range(100)
+            if (directory(options.workdir, method, s) / "result.json").is_file()
+        ]
+        if seeds:
+            found[method] = [summary(directory(options.workdir, method, s), s) for s in seeds]
+    for method, entries in found.items():
+        reference = REFERENCE[method.partition("/")[0]]
+        for entry in entries:
+            pair = [directory(options.workdir, m, entry["seed"]) for m in (reference, method)]
+            if method != reference and (pair[0] / documents.NAME).is_file():
+                pair = [documents.read(path / documents.NAME) for path in pair]
+                entry["difference"] = intervals.bits_per_byte_between(*pair, PRECISION)._asdict()
+        target = ROOT / "experiments" / "baselines" / f"{method}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    readme = ROOT / "experiments" / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else f"{START}\n{END}\n"
+    before, _, rest = text.partition(START)
+    after = rest.partition(END)[2]
+    readme.write_text(f"{before}{START}\n{tables(found)}{END}{after}", encoding="utf-8")
+    return 0
+
+
+START, END = "<!-- generated by bench/methods.py collect -->", "<!-- end of what is generated -->"
+HEAD = (
+    "| method | seeds | bits per byte | difference to the reference [95 %] | MaxVio, test set | MaxVio, batch | "
+    "MI with domain, nats | dropped | experts per token | log-sum-exp |"
+)
+
+
+def tables(found: dict) -> str:
+    """The tables of both folders, best first, bounds and leaking methods apart."""
+    parts = []
+    for folder, reference in REFERENCE.items():
+        mine = {m: e for m, e in found.items() if m.startswith(folder)}
+        groups = {
+            f"`{folder}/`, against `{reference}`": [m for m in mine if not _apart(m, mine[m])],
+            f"`{folder}/`: bounds and methods that see later tokens (not comparable)": [
+                m for m in mine if _apart(m, mine[m])
+            ],
+        }
+        for title, names in groups.items():
+            if names:
+                # By the paired difference: rows of different seeds have means that do not compare.
+                names.sort(key=lambda m: _pairs(mine[m], mine.get(reference, []))[1])
+                rows = [_row(m, mine[m], mine.get(reference, [])) for m in names]
+                rule = "|" + " --- |" * (HEAD.count("|") - 1)
+                parts.append("\n".join([f"### {title}", "", HEAD, rule, *rows, ""]))
+    return "\n".join(parts)
+
+
+def _apart(method: str, entries: list[dict]) -> bool:
+    return method in BOUNDS or any(entry["leak"] for entry in entries)
+
+
+def _mean(entries: list[dict], name: str) -> float | None:
+    values = [e[name]["all"] if name == "bits_per_byte" else e[name] for e in entries]
+    values = [value for value in values if value is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _row(method: str, entries: list[dict], reference: list[dict]) -> str:
+    def text(name, form):
+        value = _mean(entries, name)
+        return "" if value is None else format(value, form)
+
+    cells = [
+        f"`{method.partition('/')[2]}`" + (" *" if any(e["leak"] for e in entries) else ""),
+        str(len(entries)),
+        text("bits_per_byte", ".4f"),
+        _difference(entries, reference),
+        text("max_violation", ".2f"),
+        text("max_violation_batch", ".2f"),
+        text("specialisation", ".3f"),
+        text("dropped_share", ".1%"),
+        text("experts_per_token", ".2f"),
+        text("log_sum_exp", ".2f"),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _pairs(entries: list[dict], reference: list[dict]) -> tuple[list[tuple[float, float]], float]:
+    """(reference, method) bits per byte of the seeds that both have, and the mean difference."""
+    base = {e["seed"]: e["bits_per_byte"]["all"] for e in reference}
+    pairs = [(base[e["seed"]], e["bits_per_byte"]["all"]) for e in entries if e["seed"] in base]
+    return pairs, statistics.fmean(b - a for a, b in pairs) if pairs else math.inf
+
+
+def _difference(entries: list[dict], reference: list[dict]) -> str:
+    pairs, _ = _pairs(entries, reference)
+    if not pairs or entries == reference:
+        return "reference" if entries == reference else ""
+    if len(pairs) > 1:
+        paired = intervals.paired_t(*zip(*pairs, strict=True))
+        return f"{paired.mean:+.4f} [{paired.low:+.4f}, {paired.high:+.4f}]"
+    one = next((e["difference"] for e in entries if "difference" in e), None)
+    return (
+        f"{one['estimate']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}] (documents)" if one else ""
+    )
+
+
+def main() -> int:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    for name, function in (("run", run), ("collect", collect)):
+        command = commands.add_parser(name)
+        command.set_defaults(function=function)
+        command.add_argument("--workdir", type=Path, default=ROOT / "runs" / "methods")
+        if name == "run":
+            command.add_argument("--seeds", type=int, default=3)
+            command.add_argument("--only", action="append", metavar="FOLDER/NAME")
+    options = parser.parse_args()
+    return options.function(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

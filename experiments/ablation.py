@@ -1,0 +1,31 @@
+"""The small model that the files in `routing/` and `balance/` change in one respect each.
+
+    moelab run --config=experiments/ablation.py --workdir=runs/ablation
+
+4 layers of width 128, 16 experts of width 128 of which a token passes 2, float32, AdamW, the five-domain corpus. Small
+enough that three seeds of forty methods fit an afternoon on two cores; that is about a tenth of an epoch, so that slow
+controllers have little time to act. No balancing: this is the control of `balance/`.
+
+Lab book
+  machine    2 cores of an AMD EPYC (AVX2), 24 GiB, jax 0.12.0.1
+  wall time  see experiments/README.md
+  result     see experiments/README.md, which is generated from the result cards
+  date       2026-11-23, schema 1
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the fields that differ from the defaults of moelab/schema.py."""
+    config = ml_collections.ConfigDict()
+    config.model = dict(
+        num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, tied_head=False
+    )
+    config.moe = dict(num_experts=16, expert_width=128)
+    config.optimizer = dict(kind="adamw", learning_rate=5e-3)
+    config.schedule = dict(kind="warmup_stable_decay", warmup_steps=10, decay_share=0.4)
+    config.train = dict(num_steps=150, batch_size=16, length=128)
+    config.evaluation = dict(tokens_per_domain=8192, batch_size=32, precisions=("float32",))
+    config.checkpoint = dict(every=150)
+    return config

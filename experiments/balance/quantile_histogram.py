@@ -1,0 +1,24 @@
+"""Quantile balancing from a histogram of 1000 bins.
+
+    moelab run --config=experiments/balance/quantile_histogram.py --workdir=runs/quantile_histogram
+
+Rate 0.2, as `quantile_ema`.
+
+Lab book
+  machine    2 cores of an AMD EPYC (AVX2), 24 GiB, jax 0.12.0.1
+  wall time  see experiments/README.md
+  result     see experiments/README.md, which is generated from the result cards
+  date       2026-11-23, schema 1
+"""
+
+import ml_collections
+
+BASE = "../ablation.py"
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns what differs from the base."""
+    config = ml_collections.ConfigDict()
+    config.router = dict(kind="top_k", k=2, score="sigmoid")
+    config.balance = dict(quantile_bias=dict(rate=0.2, estimator="histogram"))
+    return config

@@ -1,0 +1,25 @@
+"""Quantile balancing by the mean of the micro-batches' quantiles (as in Marin).
+
+    moelab run --config=experiments/balance/quantile_local.py --workdir=runs/quantile_local
+
+Four micro-batches; rate 0.2.
+
+Lab book
+  machine    2 cores of an AMD EPYC (AVX2), 24 GiB, jax 0.12.0.1
+  wall time  see experiments/README.md
+  result     see experiments/README.md, which is generated from the result cards
+  date       2026-11-23, schema 1
+"""
+
+import ml_collections
+
+BASE = "../ablation.py"
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns what differs from the base."""
+    config = ml_collections.ConfigDict()
+    config.router = dict(kind="top_k", k=2, score="sigmoid")
+    config.train = dict(accumulation_steps=4)
+    config.balance = dict(quantile_bias=dict(rate=0.2, estimator="local_mean"))
+    return config

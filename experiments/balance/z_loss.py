@@ -1,0 +1,24 @@
+"""The router z-loss with the Switch loss (arXiv:2202.08906).
+
+    moelab run --config=experiments/balance/z_loss.py --workdir=runs/z_loss
+
+Compare the logit norm with `switch_loss`.
+
+Lab book
+  machine    2 cores of an AMD EPYC (AVX2), 24 GiB, jax 0.12.0.1
+  wall time  see experiments/README.md
+  result     see experiments/README.md, which is generated from the result cards
+  date       2026-11-23, schema 1
+"""
+
+import ml_collections
+
+BASE = "../ablation.py"
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns what differs from the base."""
+    config = ml_collections.ConfigDict()
+    config.router = dict(kind="top_k", k=2, score="sigmoid")
+    config.balance = dict(switch_loss=dict(coefficient=0.01), z_loss=dict(coefficient=0.001))
+    return config

@@ -1,0 +1,23 @@
+"""A bound: experts at random, new in every step.
+
+    moelab run --config=experiments/routing/uniform.py --workdir=runs/uniform
+
+Never ranked with the others.
+
+Lab book
+  machine    2 cores of an AMD EPYC (AVX2), 24 GiB, jax 0.12.0.1
+  wall time  see experiments/README.md
+  result     see experiments/README.md, which is generated from the result cards
+  date       2026-11-23, schema 1
+"""
+
+import ml_collections
+
+BASE = "../ablation.py"
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns what differs from the base."""
+    config = ml_collections.ConfigDict()
+    config.router = dict(kind="uniform", k=2)
+    return config

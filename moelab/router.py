@@ -1,0 +1,98 @@
+"""What every router declares and shares: the base class of the files in `routers/`.
+
+T tokens, E experts, C columns of scores, K slots per token, D model width.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moelab import routing, scores
+
+
+class Router(nn.Module):
+    """A linear router; subclasses define `__call__(x_TD, inputs, selection_bias_E) -> Routing`.
+
+    Class attributes say what holds for a router; where it depends on the fields, they are properties.
+
+    causal: no output depends on a later token of the sequence. Where it is False, `reason` says why.
+    competes: tokens compete with the other tokens of their micro-batch on their device, so that a choice depends on
+      how the batch is cut.
+    takes_bias: a balancing bias steers its selection.
+    learns: its choice depends on parameters, which a loss can move.
+    ranked: it may be compared with others; bounds and controls may not.
+    by_score: under a capacity, tokens with a higher first weight keep their place (V-MoE), not earlier ones.
+    uses_previous_logits: it wants the logits of the MoE layer before.
+    idle_experts: kinds of its experts without computation (zero, copy, constant), ids E+1, E+2, ...
+    """
+
+    num_experts: int
+    k: int = 2  # experts per token
+    init_scale: float = 1.0  # the kernel's standard deviation is init_scale / sqrt(D)
+
+    causal = True
+    reason = ""
+    competes = False
+    takes_bias = True
+    learns = True
+    ranked = True
+    by_score = False
+    uses_previous_logits = False
+    idle_experts = ()
+
+    @property
+    def slots(self) -> int | None:
+        """Assignments per token of token choice, used or not; None where experts choose."""
+        return self.k
+
+    @property
+    def num_columns(self) -> int:
+        """C, the width of the scores."""
+        return self.num_experts + len(self.idle_experts)
+
+    def kernel_logits(self, x_TD: jax.Array, name: str = "kernel") -> jax.Array:
+        """Multiplies the tokens by a parameter (D, C); call it inside `nn.compact`."""
+        width = x_TD.shape[1]
+        init = nn.initializers.normal(self.init_scale * width**-0.5)
+        return scores.logits(x_TD, self.param(name, init, (width, self.num_columns), jnp.float32))
+
+    def choose(
+        self, rank_TC: jax.Array, bias_C: jax.Array | None, inputs: routing.RouterInput
+    ) -> jax.Array:
+        """Returns the k best columns of rank + bias, or the replayed ones: (T, K) int32."""
+        if inputs.replay_TK is not None:
+            return inputs.replay_TK
+        if bias_C is not None:
+            rank_TC = rank_TC + bias_C[None, :]
+        return scores.top_k(rank_TC, self.k)
+
+
+def check_count(fields: dict, config, *names: str) -> list[tuple[str, str]]:
+    """Lists fields (k if none is named) that are not in 1..num_experts: (field, message)."""
+    problems, num_experts = [], config.moe.num_experts
+    for name in names or ("k",):
+        if fields[name] < 1:
+            problems.append((name, f"must be at least 1, got {fields[name]}"))
+        elif 0 < num_experts < fields[name]:
+            problems.append(
+                (name, f"must be at most moe.num_experts={num_experts}, got {fields[name]}")
+            )
+    if fields.get("init_scale", 0) < 0:
+        problems.append(("init_scale", f"must not be negative, got {fields['init_scale']}"))
+    return problems
+
+
+def check_choice(fields: dict, **choices: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Lists fields whose value is none of the given: (field, message)."""
+    return [
+        (name, f"must be one of {', '.join(known)}, got {fields[name]!r}")
+        for name, known in choices.items()
+        if fields[name] not in known
+    ]
+
+
+def check_positive(fields: dict, *names: str) -> list[tuple[str, str]]:
+    """Lists fields that are not above 0: (field, message)."""
+    return [(n, f"must be above 0, got {fields[n]}") for n in names if not fields[n] > 0]

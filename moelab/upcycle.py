@@ -1,0 +1,181 @@
+"""Upcycling: a sparse model that starts as a trained dense one computes.
+
+    plain (Komatsuzaki et al., arXiv:2212.05055): every expert is a copy of the dense feed-forward
+    granular (He et al., arXiv:2410.07524): the dense hidden width is cut into G shards, expert i gets shard i mod G
+
+With weights that sum to a constant s, the experts' output matrices are multiplied by G / s; then the first forward pass
+equals the dense model's, provided that the chosen experts hold every shard equally often. Virtual groups see to that:
+the G experts of a group, one per shard, start with the same router column, so that they are chosen together.
+
+E experts, D model width, F hidden width of an expert, G = dense hidden width / F.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moelab import model as model_lib
+from moelab.errors import ConfigError
+
+
+def problems(config) -> list[tuple[str, str]]:
+    """Lists what keeps a config from starting as its dense model: (path, message)."""
+    if not config.upcycle.run:
+        return []
+    found, router, moe = [], config.router, config.moe
+    path = Path(config.upcycle.run)
+    dense = _saved(path)
+    if dense is None:
+        found.append(("upcycle.run", f"must be the directory of a dense run, got {str(path)!r}"))
+    elif dense["moe"]["num_experts"]:
+        found.append(
+            ("upcycle.run", f"must be a dense run (moe.num_experts=0), {str(path)!r} has experts")
+        )
+    else:
+        found += [
+            (f"model.{name}", f"must be {value}, as in upcycle.run, got {config.model[name]}")
+            for name, value in dense["model"].items()
+            if name in _SHARED and config.model[name] != value
+        ]
+    if not moe.num_experts:
+        found.append(("moe.num_experts", "must be above 0 to upcycle a dense run"))
+        return found
+    if not weights_sum(config):
+        message = "must give weights of a constant sum to equal the dense model: top_k (or a relative) with renormalise"
+        found.append(
+            ("router.kind", f"{message} and k > 1, or post-selection softmax; got {router.kind}")
+        )
+    if moe.capacity_factor or moe.slots_per_expert:
+        found.append(
+            ("moe.capacity_factor", "must be 0 to equal the dense model: dropped tokens lose it")
+        )
+    return found
+
+
+# Fields of the model that shape what is copied.
+_SHARED = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "tied_head")
+
+
+def _saved(path: Path) -> dict | None:
+    """The saved config of a run, or None."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def weights_sum(config) -> float:
+    """The sum of each token's combine weights if it is a constant, else 0."""
+    router = config.router
+    if router.kind not in ("top_k", "group_limited"):
+        return 0.0
+    after = not router.score_before_selection and router.score == "softmax"
+    constant = after or (router.renormalise and router.k > 1)
+    return router.scale if constant else 0.0
+
+
+def params(config, model: model_lib.Transformer, fresh: Any, dense_model, dense: Any) -> Any:
+    """Returns the sparse model's parameters, started from a dense model's.
+
+    Args:
+      config: of the sparse run; `problems` is empty.
+      model: the sparse model.
+      fresh: its freshly drawn parameters; routers are taken from them.
+      dense_model: the dense model.
+      dense: its parameters.
+
+    Raises:
+      ConfigError: shapes that do not go together; names the first.
+    """
+    old = list(_blocks(dense_model, dense))
+    new = [
+        _block(config, block, mine, theirs)
+        for block, mine, theirs in zip(_configs(model), _blocks(model, fresh), old, strict=False)
+    ]
+    if len(old) != len(list(_configs(model))):
+        raise ConfigError(f"upcycle.run has {len(old)} layers, model.num_layers is {len(new)}")
+    rest = {n: dense[n] for n in dense if not n.startswith("segment_")}
+    mine = {n: fresh[n] for n in fresh if not n.startswith("segment_")}
+    if set(rest) != set(mine):
+        raise ConfigError("upcycle.run has another head: set model.tied_head as it has")
+    jax.tree.map_with_path(_check, mine, rest)
+    return rest | _stacked(model, new)
+
+
+def _block(config, block: model_lib.BlockConfig, fresh: dict, dense: dict) -> dict:
+    if "dense" not in dense:
+        raise ConfigError("upcycle.run has experts; it must be a dense run (moe.num_experts=0)")
+    shared = {n: dense[n] for n in ("attention", "attention_norm", "feed_forward_norm")}
+    jax.tree.map_with_path(_check, {n: fresh[n] for n in shared}, shared)
+    if block.moe is None:
+        _check("dense", fresh["dense"]["down"], dense["dense"]["down"])
+        return shared | {"dense": dense["dense"]}
+    return shared | {"moe": _moe(config, block, fresh["moe"], dense["dense"])}
+
+
+def _moe(config, block: model_lib.BlockConfig, fresh: dict, dense: dict) -> dict:
+    num_experts, width = block.moe.router.num_experts, block.moe.expert_width
+    dense_width = dense["down"].shape[1]
+    shards, rest = divmod(dense_width, width)
+    if rest or num_experts % max(shards, 1) or config.router.k % max(shards, 1):
+        raise ConfigError(
+            f"moe.expert_width={width} must divide the dense width {dense_width}, and the quotient must divide "
+            f"moe.num_experts={num_experts} and router.k={config.router.k}"
+        )
+    gate, up = jnp.split(dense["gate_up"], 2, axis=0)
+    gate_up = [
+        jnp.concatenate([part[i * width : (i + 1) * width] for part in (gate, up)])
+        for i in range(shards)
+    ]
+    scale = shards / weights_sum(config)
+    down = [dense["down"][:, i * width : (i + 1) * width] * scale for i in range(shards)]
+    copies = num_experts // shards
+    new = dict(fresh)
+    new["experts"] = {"gate_up": jnp.stack(gate_up * copies), "down": jnp.stack(down * copies)}
+    if "shared" in fresh:  # they add nothing yet
+        new["shared"] = fresh["shared"] | {"down": jnp.zeros_like(fresh["shared"]["down"])}
+    if config.upcycle.virtual_groups and shards > 1:
+        kernel = fresh["router"]["kernel"][:, ::shards]
+        new["router"] = fresh["router"] | {"kernel": jnp.repeat(kernel, shards, axis=1)}
+    return new
+
+
+def _check(name, mine, theirs) -> None:
+    shapes = (getattr(mine, "shape", None), theirs.shape)
+    if shapes[0] != shapes[1]:
+        label = name if isinstance(name, str) else jax.tree_util.keystr(name)
+        raise ConfigError(
+            f"upcycle.run does not fit: {label} is {shapes[1]} there and {shapes[0]} here"
+        )
+
+
+def _configs(model: model_lib.Transformer):
+    for segment in model.segments:
+        yield from segment.blocks * segment.count
+
+
+def _blocks(model: model_lib.Transformer, params: Any):
+    """Parameters of each block, in order."""
+    for i, segment in enumerate(model.segments):
+        for repeat in range(segment.count):
+            for j in range(len(segment.blocks)):
+                stacked = params[f"segment_{i}"][f"block_{j}"]
+                yield jax.tree.map(lambda a, n=repeat: a[n], stacked)
+
+
+def _stacked(model: model_lib.Transformer, blocks: list[dict]) -> dict:
+    """Blocks in order, back in their segments."""
+    result, first = {}, 0
+    for i, segment in enumerate(model.segments):
+        size = len(segment.blocks)
+        mine = blocks[first : first + size * segment.count]
+        result[f"segment_{i}"] = {
+            f"block_{j}": jax.tree.map(lambda *a: jnp.stack(a), *mine[j::size]) for j in range(size)
+        }
+        first += size * segment.count
+    return result
