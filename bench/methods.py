@@ -1,11 +1,12 @@
 """Runs the routing and balancing methods of experiments/, and makes experiments/README.md from what they left.
 
-    python bench/methods.py run --seeds 3 [--only balance/none ...] [--workdir runs/methods]
+    python bench/methods.py run [--seeds 0 1 2] [--jobs 1] [--only balance/none ...] [--workdir runs/methods]
     python bench/methods.py collect [--workdir runs/methods]
 
-`run` skips what is finished, one process per run, all methods of a seed before the next seed. `collect` writes a small
-JSON per method to experiments/baselines/ and the tables: bits per byte as a difference to the folder's reference, with
-seeds paired. With one seed the interval is over documents, and says so.
+`run` skips what is finished, one process per run, all methods of a seed before the next seed. With several jobs, each
+has its share of the cores. `collect` writes a small JSON per method to experiments/baselines/ and the tables: bits per
+byte as a difference to the folder's reference, with seeds paired. With one seed the interval is over documents, and
+says so. Entries of seeds whose run directory is not here stay as they are.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import queue
+import shutil
 import statistics
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,22 +56,43 @@ def directory(workdir: Path, method: str, seed: int) -> Path:
 
 def run(options) -> int:
     """Trains whatever is not finished; returns the number of failures."""
-    failures = 0
-    for seed in range(options.seeds):
-        for method in options.only or methods():
-            target = directory(options.workdir, method, seed)
-            if (target / "result.json").is_file():
-                continue
-            print(f"{method}, seed {seed}", flush=True)
-            config = ROOT / "experiments" / f"{method}.py"
-            done = subprocess.run(
-                [sys.executable, "-m", "moelab", "run", f"--config={config}"]
-                + [f"--workdir={target}", f"--config.seed={seed}"],
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-            )
-            failures += done.returncode != 0
-    return failures
+    waiting = [
+        (method, seed)
+        for seed in options.seeds
+        for method in options.only or methods()
+        if not (directory(options.workdir, method, seed) / "result.json").is_file()
+    ]
+    cores = queue.SimpleQueue()
+    available = sorted(os.sched_getaffinity(0))
+    for job in range(options.jobs):
+        cores.put(available[job :: options.jobs] or available)
+
+    def train(task: tuple[str, int]) -> bool:
+        mine = cores.get()
+        try:
+            return _train(options.workdir, *task, mine)
+        finally:
+            cores.put(mine)
+
+    with futures.ThreadPoolExecutor(options.jobs) as pool:
+        return sum(not good for good in pool.map(train, waiting))
+
+
+def _train(workdir: Path, method: str, seed: int, cores: list[int]) -> bool:
+    """Runs one method on some cores; returns whether it finished. Its checkpoints go: nothing reads them."""
+    print(f"{method}, seed {seed}", flush=True)
+    target = directory(workdir, method, seed)
+    command = [sys.executable, "-m", "moelab", "run"]
+    command += [f"--config={ROOT / 'experiments' / method}.py"]
+    command += [f"--workdir={target}", f"--config.seed={seed}"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    shutil.rmtree(target / "checkpoints", ignore_errors=True)
+    return done.returncode == 0
 
 
 def summary(target: Path, seed: int) -> dict:
@@ -113,23 +139,9 @@ def _specialisation(share_MGE: list) -> float | None:
 
 def collect(options) -> int:
     """Writes the summaries and the tables."""
-    found = {}
-    for method in methods():
-        seeds = [
-            s
-            for s in range(100)
-            if (directory(options.workdir, method, s) / "result.json").is_file()
-        ]
-        if seeds:
-            found[method] = [summary(directory(options.workdir, method, s), s) for s in seeds]
+    found = {method: entries for method in methods() if (entries := _entries(options, method))}
     for method, entries in found.items():
-        reference = REFERENCE[method.partition("/")[0]]
-        for entry in entries:
-            pair = [directory(options.workdir, m, entry["seed"]) for m in (reference, method)]
-            if method != reference and (pair[0] / documents.NAME).is_file():
-                pair = [documents.read(path / documents.NAME) for path in pair]
-                entry["difference"] = intervals.bits_per_byte_between(*pair, PRECISION)._asdict()
-        target = ROOT / "experiments" / "baselines" / f"{method}.json"
+        target = _baseline(method)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     readme = ROOT / "experiments" / "README.md"
@@ -138,6 +150,29 @@ def collect(options) -> int:
     after = rest.partition(END)[2]
     readme.write_text(f"{before}{START}\n{tables(found)}{END}{after}", encoding="utf-8")
     return 0
+
+
+def _baseline(method: str) -> Path:
+    return ROOT / "experiments" / "baselines" / f"{method}.json"
+
+
+def _entries(options, method: str) -> list[dict]:
+    """The method's summaries by seed: of the runs that are here, and of earlier ones from the baselines."""
+    path = _baseline(method)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    entries = {entry["seed"]: entry for entry in known}
+    reference = REFERENCE[method.partition("/")[0]]
+    for seed in range(100):
+        target = directory(options.workdir, method, seed)
+        if not (target / "result.json").is_file():
+            continue
+        entries[seed] = summary(target, seed)
+        other = directory(options.workdir, reference, seed) / documents.NAME
+        if method != reference and other.is_file():
+            pair = [documents.read(path) for path in (other, target / documents.NAME)]
+            difference = intervals.bits_per_byte_between(*pair, PRECISION)
+            entries[seed]["difference"] = difference._asdict()
+    return [entries[seed] for seed in sorted(entries)]
 
 
 START, END = "<!-- generated by bench/methods.py collect -->", "<!-- end of what is generated -->"
@@ -227,7 +262,8 @@ def main() -> int:
         command.set_defaults(function=function)
         command.add_argument("--workdir", type=Path, default=ROOT / "runs" / "methods")
         if name == "run":
-            command.add_argument("--seeds", type=int, default=3)
+            command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+            command.add_argument("--jobs", type=int, default=1)
             command.add_argument("--only", action="append", metavar="FOLDER/NAME")
     options = parser.parse_args()
     return options.function(options)
