@@ -262,7 +262,13 @@ def _scan(segment: Segment, remat: bool):
     unit = nn.remat(_Unit, prevent_cse=False) if remat else _Unit
     return nn.scan(
         unit,
-        variable_axes={"params": 0, "router_state": 0, "quantized": 0, "cache": 0},
+        variable_axes={
+            "params": 0,
+            "router_state": 0,
+            "quantized": 0,
+            "cache": 0,
+            "calibration": 0,
+        },
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         length=segment.count,

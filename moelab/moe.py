@@ -108,6 +108,7 @@ class MoeBlock(nn.Module):
         local = parallel.shard_tokens(
             _local_forward(config, inputs.train), self.mesh, (True, True, False, False, False)
         )
+        self.sow("calibration", "x_TD", x_TD)  # kept only where the caller makes it mutable
         # The key is no token's: it goes in with the parameters.
         per_token, key = inputs._replace(train=None, key=None), inputs.key
         shared = {"router": router_params, "key": key}
