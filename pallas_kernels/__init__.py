@@ -7,17 +7,21 @@
 from pallas_kernels.grouped_matmul import (
     IMPLEMENTATIONS,
     MatmulPrecision,
+    MlpPrecision,
     expert_mlp,
     grouped_matmul,
     quantized_grouped_matmul,
+    quantized_matmul,
     routed_expert_mlp,
 )
 
 __all__ = [
     "IMPLEMENTATIONS",
     "MatmulPrecision",
+    "MlpPrecision",
     "expert_mlp",
     "grouped_matmul",
     "quantized_grouped_matmul",
+    "quantized_matmul",
     "routed_expert_mlp",
 ]

@@ -187,7 +187,7 @@ def test_bfloat16_accumulates_in_float32(implementation):
 
 PRECISIONS = [
     MatmulPrecision(x="nvfp4", w="nvfp4"),
-    MatmulPrecision(w="mxfp4", rule="even"),
+    MatmulPrecision(w="mxfp4", w_rule="even"),
     MatmulPrecision(x="fp8_tensor", w="fp8_channel", x_scale="per_tensor"),
 ]
 
@@ -212,16 +212,18 @@ def test_quantized_value_and_straight_through_gradient(implementation, precision
     y, dx, dw = run(x, w)
     x_value, w_value = (
         x[:39],
-        formats.dequantize(formats.quantize(w, precision.w, rule=precision.rule)),
+        formats.dequantize(formats.quantize(w, precision.w, rule=precision.w_rule)),
     )
     if precision.x:
         axes = 1 if precision.x_scale == "per_token" else 0
-        q = formats.quantize(x_value, precision.x, rule=precision.rule, num_batch_axes=axes)
+        q = formats.quantize(x_value, precision.x, rule=precision.x_rule, num_batch_axes=axes)
         x_value = formats.dequantize(q)
     np.testing.assert_allclose(y[:39], by_hand(x_value, w_value, sizes), **CLOSE)
-    _, plain_dx, plain_dw = gradients("reference")(x, w, sizes, dy)
-    np.testing.assert_allclose(dx, plain_dx, **CLOSE)
-    np.testing.assert_allclose(dw, plain_dw, **CLOSE)
+    # Straight through: the gradients of the plain product at the rounded values.
+    x_value = jnp.concatenate([x_value, x[39:]])
+    _, want_dx, want_dw = gradients("reference")(x_value, w_value, sizes, dy)
+    np.testing.assert_allclose(dx, want_dx, **CLOSE)
+    np.testing.assert_allclose(dw, want_dw, **CLOSE)
 
 
 @pytest.mark.parametrize("implementation", ["xla_windows", "reference"])
@@ -278,21 +280,41 @@ def test_errors_say_what_came_and_what_was_wanted(change, message):
         pallas_kernels.grouped_matmul(x, w, sizes, **arguments)
 
 
-def test_precision_errors():
-    with pytest.raises(ValueError, match="unknown format x='fp3'"):
-        MatmulPrecision(x="fp3")
-    with pytest.raises(ValueError, match="unknown x_scale 'global'; allowed: per_token, per_t"):
-        MatmulPrecision(x_scale="global")
-    with pytest.raises(NotImplementedError, match="dy must be None for now, got 'nvfp4'"):
-        MatmulPrecision(dy="nvfp4")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(x="fp3"), "unknown x 'fp3'; allowed: nvfp4, .*None"),
+        (dict(dy="fp3"), "unknown dy 'fp3'; allowed: nvfp4"),
+        (dict(x_scale="global"), "unknown x_scale 'global'; allowed: per_token, per_group, per_t"),
+        (dict(w="mxfp4", w_rule="up"), "unknown w_rule 'up'; allowed: rceil, "),
+        (dict(rotation=8), "unknown rotation 8; allowed: 16, 32, 64, 128"),
+        (dict(rounding="up"), "unknown rounding 'up'; allowed: nearest, stochastic"),
+        (dict(rounding="stochastic"), "dy must name a format"),
+        (dict(hadamard=16), "dy must name a format"),
+        (dict(dy="nvfp4"), "x needs one too"),
+        (dict(x="nvfp4_2d", dy="nvfp4"), "x='nvfp4_2d' has no blocks along one axis"),
+        (dict(x="nvfp4", dy="fp8_channel"), "dy='fp8_channel' has no blocks along one axis"),
+    ],
+)
+def test_precision_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MatmulPrecision(**fields)
+
+
+def test_errors_of_quantized_products():
     packed = formats.quantize(draw(28, E, N, K), "nvfp4")
     x, sizes = draw(29, 4, K), jnp.zeros(E, jnp.int32)
+    call = functools.partial(pallas_kernels.quantized_grouped_matmul, x, packed, sizes)
     with pytest.raises(ValueError, match="precision.w is 'mxfp4', but the weights are packed nv"):
-        pallas_kernels.quantized_grouped_matmul(x, packed, sizes, MatmulPrecision(w="mxfp4"))
-    with pytest.raises(NotImplementedError, match="plain operands only"):
-        pallas_kernels.quantized_grouped_matmul(
-            x, packed, sizes, MatmulPrecision(), implementation="ragged_dot"
-        )
+        call(MatmulPrecision(w="mxfp4"))
+    with pytest.raises(NotImplementedError, match="plain weights only"):
+        call(MatmulPrecision(), implementation="ragged_dot")
+    with pytest.raises(ValueError, match="needs a key"):
+        call(MatmulPrecision(x="nvfp4", dy="nvfp4", rounding="stochastic"))
+    with pytest.raises(ValueError, match="needs the calibrated maxima"):
+        call(MatmulPrecision(x="nvfp4", x_scale="static"))
+    with pytest.raises(ValueError, match="is for the NVFP4 formats, not mxfp4"):
+        call(MatmulPrecision(x="mxfp4", x_scale="static"))
 
 
 def test_the_schedule_covers_every_row_once_and_in_order():

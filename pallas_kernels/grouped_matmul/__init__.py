@@ -8,15 +8,18 @@ from pallas_kernels.grouped_matmul.api import (
     expert_mlp,
     grouped_matmul,
     quantized_grouped_matmul,
+    quantized_matmul,
 )
 from pallas_kernels.grouped_matmul.dispatch import routed_expert_mlp
-from pallas_kernels.grouped_matmul.precision import MatmulPrecision
+from pallas_kernels.grouped_matmul.precision import MatmulPrecision, MlpPrecision
 
 __all__ = [
     "IMPLEMENTATIONS",
     "MatmulPrecision",
+    "MlpPrecision",
     "expert_mlp",
     "grouped_matmul",
     "quantized_grouped_matmul",
+    "quantized_matmul",
     "routed_expert_mlp",
 ]

@@ -12,8 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import ragged_dot, reference, xla_windows
-from pallas_kernels.grouped_matmul.precision import PLAIN, MatmulPrecision, Weight
+from pallas_kernels.grouped_matmul import dense, quantized, ragged_dot, reference, xla_windows
+from pallas_kernels.grouped_matmul.precision import (
+    MatmulPrecision,
+    MlpPrecision,
+    Weight,
+    both,
+)
 
 # In the order in which `None` and "auto" try them; a named one runs or raises NotImplementedError.
 IMPLEMENTATIONS: dict[str, types.ModuleType] = {
@@ -69,7 +74,7 @@ def grouped_matmul(
     _check_shape("row_scale_T", row_scale_T, (x_TK.shape[0],), "(T,)")
     out_dtype = _out_dtype(out_dtype, x_TK)
     module = backend(implementation)
-    return module.grouped_matmul(x_TK, w_ENK, sizes_E, bias_EN, row_scale_T, PLAIN, out_dtype)
+    return module.grouped_matmul(x_TK, w_ENK, sizes_E, bias_EN, row_scale_T, out_dtype)
 
 
 def quantized_grouped_matmul(
@@ -78,17 +83,21 @@ def quantized_grouped_matmul(
     group_sizes_E: jax.Array,
     precision: MatmulPrecision,
     *,
+    x_amax_E: jax.Array | None = None,
+    key: jax.Array | None = None,
     out_dtype: jnp.dtype | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Multiplies the values that quantized operands stand for; gradients are those of the unquantized product.
+    """Multiplies the values that quantized operands stand for; gradients as the precision says.
 
     Args:
       x_TK: (T, K) float.
-      w_ENK: (E, N, K) float, quantized per expert along K as precision.w says; or `BlockScaled`, dequantized, which
-        gets no gradient (that of x is computed with its dequantized value).
+      w_ENK: (E, N, K) float, quantized per expert along K as precision.w says; or `BlockScaled`, which gets no gradient
+        (that of x is computed with its dequantized value).
       group_sizes_E: as in `grouped_matmul`.
-      precision: formats of x and of plain weights.
+      precision: formats of the operands of the product and of its gradients.
+      x_amax_E: (E,) float32, largest magnitude of each expert's rows in calibration: for x_scale "static".
+      key: PRNG key, for stochastic rounding of gradients.
       out_dtype: of y; None is the dtype of x.
       implementation: as in `grouped_matmul`.
 
@@ -96,14 +105,49 @@ def quantized_grouped_matmul(
       y_TN: (T, N).
 
     Raises:
-      ValueError: as in `grouped_matmul`; a precision.w that is not the format of packed weights.
+      ValueError: as in `grouped_matmul`; a precision.w that is not the format of packed weights; a key or x_amax_E that
+        is missing.
       NotImplementedError: the named implementation cannot compute this.
     """
     sizes_E = _check(x_TK, w_ENK, group_sizes_E)
-    precision = check_precision(precision, w_ENK)
-    out_dtype = _out_dtype(out_dtype, x_TK)
-    module = backend(implementation)
-    return module.grouped_matmul(x_TK, w_ENK, sizes_E, None, None, precision, out_dtype)
+    check_precision(both(precision), w_ENK, w_ENK)
+    check_extras(both(precision), key, (x_amax_E, x_amax_E), w_ENK.shape[0])
+    out_dtype, module = _out_dtype(out_dtype, x_TK), backend(implementation)
+    return quantized.grouped_matmul(
+        module, x_TK, w_ENK, sizes_E, precision, out_dtype, amax_E=x_amax_E, key=key
+    )
+
+
+def quantized_matmul(
+    x_TK: jax.Array,
+    w_NK: Weight,
+    precision: MatmulPrecision,
+    *,
+    key: jax.Array | None = None,
+    out_dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """Multiplies all rows with one weight, y = x w^T: `quantized_grouped_matmul` with a single group.
+
+    Args:
+      x_TK: (T, K) float.
+      w_NK: (N, K) float or `BlockScaled`.
+      precision: formats; x_scale "static" is not for here.
+      key: PRNG key, for stochastic rounding of gradients.
+      out_dtype: of y; None is the dtype of x.
+
+    Returns:
+      y_TN: (T, N).
+
+    Raises:
+      ValueError: as in `quantized_grouped_matmul`.
+    """
+    w_1NK = jax.tree.map(lambda leaf: leaf[None], w_NK)
+    sizes_1 = jnp.full((1,), x_TK.shape[0], jnp.int32)
+    _check_operands(x_TK, w_1NK)
+    check_precision(both(precision), w_1NK, w_1NK)
+    check_extras(both(precision), key, (None, None), 1)
+    dtype = _out_dtype(out_dtype, x_TK)
+    return quantized.grouped_matmul(dense, x_TK, w_1NK, sizes_1, precision, dtype, key=key)
 
 
 def expert_mlp(
@@ -112,7 +156,9 @@ def expert_mlp(
     down_EDF: Weight,
     group_sizes_E: jax.Array,
     *,
-    precision: MatmulPrecision | None = None,
+    precision: MatmulPrecision | MlpPrecision | None = None,
+    x_amax: tuple[jax.Array | None, jax.Array | None] = (None, None),
+    key: jax.Array | None = None,
     out_dtype: jnp.dtype | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -128,7 +174,9 @@ def expert_mlp(
       gate_up_EGD: (E, 2F, D) float or `BlockScaled`; rows :F are the gate's, F: the up projection's.
       down_EDF: (E, D, F) likewise.
       group_sizes_E: as in `grouped_matmul`.
-      precision: formats of the operands, of both layers; None is plain float.
+      precision: formats of the operands, of both layers or of each; None is plain float.
+      x_amax: for x_scale "static": (E,) float32 of the rows that enter gate and up, and down.
+      key: PRNG key, for stochastic rounding of gradients.
       out_dtype: of y; None is the dtype of x.
       implementation: as in `grouped_matmul`.
 
@@ -142,10 +190,14 @@ def expert_mlp(
     """
     sizes_E = _check(x_ND, gate_up_EGD, group_sizes_E)
     check_feed_forward(x_ND, gate_up_EGD, down_EDF)
-    precision = check_precision(precision, gate_up_EGD, down_EDF)
+    precision = both(precision)
+    check_precision(precision, gate_up_EGD, down_EDF)
+    check_extras(precision, key, x_amax, gate_up_EGD.shape[0])
     out_dtype = _out_dtype(out_dtype, x_ND)
     module = backend(implementation)
-    return module.expert_mlp(x_ND, gate_up_EGD, down_EDF, sizes_E, precision, out_dtype)
+    return quantized.expert_mlp(
+        module, x_ND, gate_up_EGD, down_EDF, sizes_E, precision, out_dtype, x_amax=x_amax, key=key
+    )
 
 
 def check_feed_forward(x_ND: jax.Array, gate_up: Weight, down: Weight) -> None:
@@ -201,14 +253,25 @@ def _check_shape(name: str, a, shape: tuple[int, ...], axes: str) -> None:
         raise ValueError(f"{name} must be {axes} = {shape}, got shape {a.shape}")
 
 
-def check_precision(precision: MatmulPrecision | None, *weights: Weight) -> MatmulPrecision:
-    precision = PLAIN if precision is None else precision
-    for w in weights:
-        if isinstance(w, formats.BlockScaled) and precision.w not in (None, w.format):
-            raise ValueError(
-                f"precision.w is {precision.w!r}, but the weights are packed {w.format}"
-            )
-    return precision
+def check_precision(precision: MlpPrecision, gate_up: Weight, down: Weight) -> None:
+    """Raises ValueError where packed weights have another format than the precision says."""
+    for layer, w in ((precision.gate_up, gate_up), (precision.down, down)):
+        if isinstance(w, formats.BlockScaled) and layer.w not in (None, w.format):
+            raise ValueError(f"precision.w is {layer.w!r}, but the weights are packed {w.format}")
+
+
+def check_extras(precision: MlpPrecision, key, x_amax: tuple, num_experts: int) -> None:
+    """Raises ValueError where a precision needs a key or calibrated maxima that are not there."""
+    if precision.needs_key and key is None:
+        raise ValueError('rounding="stochastic" needs a key')
+    for layer, amax_E in zip((precision.gate_up, precision.down), x_amax, strict=True):
+        if layer.x is None or layer.x_scale != "static":
+            continue
+        if formats.FORMATS[layer.x].scale != "e4m3":
+            raise ValueError(f'x_scale="static" is for the NVFP4 formats, not {layer.x}')
+        if amax_E is None:
+            raise ValueError('x_scale="static" needs the calibrated maxima x_amax')
+        _check_shape("x_amax", amax_E, (num_experts,), "(E,)")
 
 
 def _out_dtype(out_dtype, x) -> jnp.dtype:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.grouped_matmul import api, expert_windows, windows, xla_windows
-from pallas_kernels.grouped_matmul.precision import PLAIN, MatmulPrecision, Weight
+from pallas_kernels.grouped_matmul import api, expert_windows, quantized, windows, xla_windows
+from pallas_kernels.grouped_matmul.precision import MatmulPrecision, MlpPrecision, Weight, both
 
 _INT32_MAX = 2**31 - 1
 
@@ -60,7 +60,9 @@ def routed_expert_mlp(
     down_EDF: Weight,
     *,
     assignments_per_token: int | None,
-    precision: MatmulPrecision | None = None,
+    precision: MatmulPrecision | MlpPrecision | None = None,
+    x_amax: tuple[jax.Array | None, jax.Array | None] = (None, None),
+    key: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Sends tokens through the experts they are assigned to and sums what comes back.
@@ -75,7 +77,7 @@ def routed_expert_mlp(
       gate_up_EGD: (E, 2F, D), gate rows first; float or `BlockScaled`.
       down_EDF: (E, D, F) likewise.
       assignments_per_token: K where token_N is 0,..,0,1,..,1,.. with K of each (faster), else None.
-      precision: formats of the experts' operands; None is plain float.
+      precision, x_amax, key: as in `expert_mlp`.
       implementation: as in `grouped_matmul`.
 
     Returns:
@@ -86,24 +88,29 @@ def routed_expert_mlp(
       NotImplementedError: the named implementation cannot compute this.
     """
     api.check_feed_forward(x_TD, gate_up_EGD, down_EDF)
-    precision = api.check_precision(precision, gate_up_EGD, down_EDF)
+    precision = both(precision)
+    api.check_precision(precision, gate_up_EGD, down_EDF)
+    api.check_extras(precision, key, x_amax, gate_up_EGD.shape[0])
     backend = api.backend(implementation)
     num_experts = gate_up_EGD.shape[0]
     _check_assignments(x_TD, token_N, expert_N, weight_N, num_experts, assignments_per_token)
     if not x_TD.shape[0] or not token_N.shape[0]:
         return jnp.zeros_like(x_TD)
-    x_TD, token_N, expert_N, weight_N, gate_up, down = windows.vary_alike(
-        x_TD, token_N, expert_N, weight_N, gate_up_EGD, down_EDF
+    x_TD, token_N, expert_N, weight_N, gate_up, down, x_amax = windows.vary_alike(
+        x_TD, token_N, expert_N, weight_N, gate_up_EGD, down_EDF, x_amax
     )
     weight_N = weight_N.astype(jnp.float32)
     tokens = x_TD.shape[0]
     plan = make_plan(token_N, expert_N, tokens, num_experts, assignments_per_token)
-    fused = backend is xla_windows and xla_windows.fuses(precision)
-    if fused:
-        return _fused(x_TD, weight_N, gate_up, down, plan, precision)
+    if backend is xla_windows and quantized.fuses(precision):
+        gate_up = quantized.fake_weights(gate_up, precision.gate_up)
+        down = quantized.fake_weights(down, precision.down)
+        return _fused(x_TD, weight_N, gate_up, down, plan)
     x_ND = dispatch(x_TD, plan)
     sizes_E, dtype = plan.group_sizes_E, jnp.dtype(jnp.float32)
-    y_ND = backend.expert_mlp(x_ND, gate_up, down, sizes_E, precision, dtype)
+    y_ND = quantized.expert_mlp(
+        backend, x_ND, gate_up, down, sizes_E, precision, dtype, x_amax=x_amax, key=key
+    )
     return combine(y_ND, weight_N, plan, tokens).astype(x_TD.dtype)
 
 
@@ -180,24 +187,23 @@ def _combine_backward(num_tokens, residuals, dy_TD):
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _fused(x_TD, weight_N, gate_up, down, plan, precision):
-    y_MD, _ = _experts(x_TD, gate_up, down, plan, precision)
+@jax.custom_vjp
+def _fused(x_TD, weight_N, gate_up, down, plan):
+    y_MD, _ = _experts(x_TD, gate_up, down, plan)
     return _sum_slots(y_MD, weight_N, plan, x_TD.shape[0]).astype(x_TD.dtype)
 
 
-def _fused_forward(x_TD, weight_N, gate_up, down, plan, precision):
-    y_MD, hidden_MG = _experts(x_TD, gate_up, down, plan, precision, keep_hidden=True)
+def _fused_forward(x_TD, weight_N, gate_up, down, plan):
+    y_MD, hidden_MG = _experts(x_TD, gate_up, down, plan, keep_hidden=True)
     y_TD = _sum_slots(y_MD, weight_N, plan, x_TD.shape[0]).astype(x_TD.dtype)
-    kept_MD = None if precision == PLAIN else y_MD
-    return y_TD, (x_TD, weight_N, gate_up, down, plan, hidden_MG, kept_MD)
+    return y_TD, (x_TD, weight_N, gate_up, down, plan, hidden_MG)
 
 
-def _fused_backward(precision, residuals, dy_TD):
-    x_TD, weight_N, gate_up, down, plan, hidden_MG, y_MD = residuals
+def _fused_backward(residuals, dy_TD):
+    x_TD, weight_N, gate_up, down, plan, hidden_MG = residuals
     scale_N = weight_N[plan.assignment_N]
     dx_MD, dgate_up, ddown, dweight_M = expert_windows.backward(
-        x_TD, plan.token_N, scale_N, gate_up, down, plan.group_sizes_E, hidden_MG, y_MD, dy_TD
+        x_TD, plan.token_N, scale_N, gate_up, down, plan.group_sizes_E, hidden_MG, dy_TD
     )
     dx_TD = _sum_slots(dx_MD, None, plan, x_TD.shape[0]).astype(x_TD.dtype)
     return dx_TD, _unsort(dweight_M, plan), dgate_up, ddown, None
@@ -206,11 +212,9 @@ def _fused_backward(precision, residuals, dy_TD):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _experts(x_TD, gate_up, down, plan, precision, **keep_hidden):
+def _experts(x_TD, gate_up, down, plan, **keep_hidden):
     sizes_E, dtype = plan.group_sizes_E, jnp.dtype(jnp.float32)
-    return expert_windows.forward(
-        x_TD, plan.token_N, gate_up, down, sizes_E, precision, dtype, **keep_hidden
-    )
+    return expert_windows.forward(x_TD, plan.token_N, gate_up, down, sizes_E, dtype, **keep_hidden)
 
 
 def _sort(key_N: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:

@@ -16,40 +16,39 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import precision as precision_lib
 from pallas_kernels.grouped_matmul import windows
-from pallas_kernels.grouped_matmul.precision import PLAIN, MatmulPrecision, Weight
+from pallas_kernels.grouped_matmul.precision import Weight
 
 
-def expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, precision, out_dtype):
+def expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype):
     """As `reference.expert_mlp`, for rows that are already sorted by expert."""
     if x_ND.shape[0] == 0:
         return jnp.zeros(x_ND.shape, out_dtype)
     operands = windows.vary_alike(x_ND, gate_up_EGD, down_EDF, group_sizes_E)
-    return _expert_mlp(*operands, precision, jnp.dtype(out_dtype))
+    return _expert_mlp(*operands, jnp.dtype(out_dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _expert_mlp(x_ND, gate_up, down, group_sizes_E, precision, out_dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _expert_mlp(x_ND, gate_up, down, group_sizes_E, out_dtype):
     row_N = jnp.arange(x_ND.shape[0], dtype=jnp.int32)
-    y_MD, _ = forward(x_ND, row_N, gate_up, down, group_sizes_E, precision, out_dtype)
+    y_MD, _ = forward(x_ND, row_N, gate_up, down, group_sizes_E, out_dtype)
     return _mask_tail(y_MD, group_sizes_E, x_ND.shape[0])
 
 
-def _forward(x_ND, gate_up, down, group_sizes_E, precision, out_dtype):
+def _forward(x_ND, gate_up, down, group_sizes_E, out_dtype):
     row_N = jnp.arange(x_ND.shape[0], dtype=jnp.int32)
     y_MD, hidden_MG = forward(
-        x_ND, row_N, gate_up, down, group_sizes_E, precision, out_dtype, keep_hidden=True
+        x_ND, row_N, gate_up, down, group_sizes_E, out_dtype, keep_hidden=True
     )
     y_ND = _mask_tail(y_MD, group_sizes_E, x_ND.shape[0])
     return y_ND, (x_ND, gate_up, down, group_sizes_E, hidden_MG)
 
 
-def _backward(precision, out_dtype, residuals, dy_ND):
+def _backward(out_dtype, residuals, dy_ND):
     x_ND, gate_up, down, group_sizes_E, hidden_MG = residuals
     row_N = jnp.arange(x_ND.shape[0], dtype=jnp.int32)
     dx_MD, dgate_up, ddown, _ = backward(
-        x_ND, row_N, None, gate_up, down, group_sizes_E, hidden_MG, None, dy_ND
+        x_ND, row_N, None, gate_up, down, group_sizes_E, hidden_MG, dy_ND
     )
     return _mask_tail(dx_MD, group_sizes_E, x_ND.shape[0]), dgate_up, ddown, None
 
@@ -63,7 +62,6 @@ def forward(
     gate_up: Weight,
     down: Weight,
     group_sizes_E: jax.Array,
-    precision: MatmulPrecision,
     out_dtype: jnp.dtype,
     *,
     keep_hidden: bool = False,
@@ -76,7 +74,6 @@ def forward(
       gate_up: (E, 2F, D).
       down: (E, D, F).
       group_sizes_E: int32, assignments per expert; sum at most N.
-      precision: formats of plain weights; activations must not be quantized.
       out_dtype: of y.
       keep_hidden: return [gate, up] too, for `backward`.
 
@@ -86,7 +83,7 @@ def forward(
     num_rows, heights, row_M = _layout(row_N, gate_up)
 
     def weights(expert):
-        experts = (precision_lib.expert_weight(w, expert, precision) for w in (gate_up, down))
+        experts = (windows.expert_weight(w, expert) for w in (gate_up, down))
         return tuple(map(windows.transposed, experts))
 
     def body(expert, start, mine_R1, weights, buffers):
@@ -117,7 +114,6 @@ def backward(
     down: Weight,
     group_sizes_E: jax.Array,
     hidden_MG: jax.Array,
-    y_MD: jax.Array | None,
     dy_TD: jax.Array,
 ) -> tuple[jax.Array, Weight | None, Weight | None, jax.Array | None]:
     """Gradients of sum over n of scale[n] * <y[n], dy[row[n]]> for the y of `forward`.
@@ -126,7 +122,6 @@ def backward(
       x_TD, row_N, gate_up, down, group_sizes_E: as in `forward`.
       scale_N: float32 factor of each assignment's output, in sorted order; None is 1.
       hidden_MG: from `forward`.
-      y_MD: from `forward`, for the gradient of scale where the product was quantized; None: it was not.
       dy_TD: gradient that reaches each token.
 
     Returns:
@@ -138,7 +133,7 @@ def backward(
     scale_M = None if scale_N is None else jnp.pad(scale_N, (0, heights[-1]))
 
     def weights(expert):
-        return tuple(precision_lib.expert_weight(w, expert, PLAIN) for w in (gate_up, down))
+        return tuple(windows.expert_weight(w, expert) for w in (gate_up, down))
 
     def body(expert, start, mine_R1, weights, buffers):
         gate_up_GD, down_DF = weights
@@ -148,10 +143,8 @@ def backward(
         hidden_RG = lax.dynamic_slice_in_dim(hidden_MG, start, height).astype(jnp.float32)
         dact_RF = dy_RD @ down_DF
         act_RF, dact_to_dhidden = _swiglu(jnp.where(mine_R1, hidden_RG, 0.0))
-        # <dy, down act> = <down.T dy, act>: no output needed, unless it came from other operands than these.
+        # <dy, down act> = <down.T dy, act>: no output needed.
         dscale_R = jnp.sum(dact_RF * act_RF, axis=1)
-        if y_MD is not None:
-            dscale_R = jnp.sum(dy_RD * lax.dynamic_slice_in_dim(y_MD, start, height), axis=1)
         if scale_M is not None:
             scale_R1 = lax.dynamic_slice_in_dim(scale_M, start, height)[:, None]
             scale_R1 = jnp.where(mine_R1, scale_R1, 0.0)

@@ -1,6 +1,6 @@
-"""Which operand of a matmul is quantized to which format, and the two quantizations every backend shares.
+"""Which operand of which product is quantized to which format. Plain values, hashable, so they can be static.
 
-T rows, K contraction axis, E experts, N output axis.
+y = x w^T has three products: the forward one, the input gradient dx = dy w, and the weight gradient dw = dy^T x.
 """
 
 from __future__ import annotations
@@ -8,81 +8,119 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import formats
+from pallas_kernels.formats.hadamard import BLOCKS
 
 Weight = jax.Array | formats.BlockScaled
 
-X_SCALES = ("per_token", "per_tensor")
+X_SCALES = ("per_token", "per_group", "per_tensor", "static")
+ROUNDINGS = ("nearest", "stochastic")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatmulPrecision:
-    """Formats of the operands of y = x @ w.T in the forward pass. Hashable, so it can be static.
+    """Formats of the operands of y = x w^T and of its gradients.
 
-    Gradients are those of the unquantized product (straight-through).
+    Without `dy`, gradients are straight-through: those of the product of the values that x and w were rounded to, in
+    float32. With it, all three products have quantized operands, each quantized along its own contraction axis from
+    the unquantized operand: the input gradient dy and w along N, the weight gradient dy and x along the tokens.
 
     Attributes:
       x: key of `formats.FORMATS` for the activations; None leaves them in float.
-      w: the same for plain weights. Weights that are already `BlockScaled` keep their own format.
-      x_scale: "per_token": a row's global scale comes from that row only, so no token sees another. "per_tensor": from
-        all rows that belong to a group, which lets a later token change an earlier one's result.
-      rule: scale rule for both operands; None is each format's own default.
-      dy: format of the output gradient; must be None, quantized backward products are not implemented yet.
-      hadamard: block of the random Hadamard transform before quantization; must be None so far.
-      rounding: stochastic rounding; must be None (to nearest) so far.
+      w: the same for plain weights. Weights that are already `BlockScaled` keep their own format. A 2D format has the
+        same values in both directions; any other is quantized anew for the input gradient.
+      dy: format of the output gradient in both backward products; None: straight-through.
+      x_scale: what a global scale of x (NVFP4) comes from. "per_token": that row alone, so no token sees another.
+        "per_group": the rows of its expert. "per_tensor": all rows that belong to a group. Both let a later token
+        change an earlier one's result. "static": an amax per expert, passed in. Gradients have one per group.
+      x_rule: scale rule of the activations and gradients; None is the format's default.
+      w_rule: scale rule of the weights.
+      rotation: block of a Hadamard transform of x and w along K before they are quantized, 16 to 128; None: none.
+        Packed weights must have been rotated before they were packed.
+      hadamard: block of a Hadamard transform with signs along the tokens, of both operands of the weight gradient.
+      rounding: of the gradients: "nearest", or "stochastic", which needs a key. All else is rounded to nearest.
+
+    Raises:
+      ValueError: a name or block that does not exist, or fields that do not go together.
     """
 
     x: str | None = None
     w: str | None = None
-    x_scale: str = "per_token"
-    rule: str | None = None
     dy: str | None = None
+    x_scale: str = "per_token"
+    x_rule: str | None = None
+    w_rule: str | None = None
+    rotation: int | None = None
     hadamard: int | None = None
-    rounding: str | None = None
+    rounding: str = "nearest"
 
     def __post_init__(self):
-        for name in ("x", "w"):
-            value = getattr(self, name)
-            if value is not None and value not in formats.FORMATS:
-                allowed = ", ".join(formats.FORMATS)
-                raise ValueError(f"unknown format {name}={value!r}; allowed: {allowed} or None")
-        if self.x_scale not in X_SCALES:
-            raise ValueError(f"unknown x_scale {self.x_scale!r}; allowed: {', '.join(X_SCALES)}")
-        for name in ("dy", "hadamard", "rounding"):
-            if getattr(self, name) is not None:
-                value = getattr(self, name)
-                raise NotImplementedError(f"{name} must be None for now, got {value!r}")
+        for name in ("x", "w", "dy"):
+            self._check_member(name, (*formats.FORMATS, None))
+        self._check_member("x_scale", X_SCALES)
+        self._check_member("rounding", ROUNDINGS)
+        for name in ("rotation", "hadamard"):
+            self._check_member(name, (*BLOCKS, None))
+        for name, format in (("x_rule", self.x), ("w_rule", self.w)):
+            if format is not None:
+                self._check_member(name, (*formats.FORMATS[format].rules, None))
+        if self.dy is None and (self.hadamard or self.rounding == "stochastic"):
+            raise ValueError(
+                "hadamard and rounding concern quantized gradients: dy must name a format"
+            )
+        if self.dy is not None and self.x is None:
+            raise ValueError(
+                "with a format for dy, x needs one too: both enter the weight gradient"
+            )
+        for name in ("x", "dy") if self.dy is not None else ():
+            spec = formats.FORMATS[getattr(self, name)]
+            if spec.block is None or spec.block_rows > 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no blocks along one axis; with quantized gradients x and dy "
+                    "need a format that has, such as nvfp4, mxfp4, mxfp8_e4m3 or fp8_row128"
+                )
+
+    def _check_member(self, name: str, allowed: tuple) -> None:
+        if getattr(self, name) not in allowed:
+            names = ", ".join(map(str, allowed))
+            raise ValueError(f"unknown {name} {getattr(self, name)!r}; allowed: {names}")
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether gradients are rounded at random."""
+        return self.rounding == "stochastic"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is quantized here."""
+        return self != PLAIN
 
 
 PLAIN = MatmulPrecision()
 
 
-def quantize_rows(x_TK: jax.Array, precision: MatmulPrecision, valid_T: jax.Array) -> jax.Array:
-    """Returns the values that quantized activations stand for, in the dtype of x.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlpPrecision:
+    """The precisions of a feed-forward's two layers.
 
-    Args:
-      x_TK: activations.
-      precision: says the format and what shares a scale.
-      valid_T: bool, rows that belong to a group; the others are left out of a per-tensor scale.
+    Attributes:
+      gate_up: of the product with gate and up.
+      down: of the product with down.
     """
-    if precision.x is None:
-        return x_TK
-    num_batch_axes = 0
-    if precision.x_scale == "per_token":
-        num_batch_axes = x_TK.ndim - 1
-    else:
-        x_TK = jnp.where(valid_T[:, None], x_TK, jnp.zeros((), x_TK.dtype))
-    q = formats.quantize(x_TK, precision.x, rule=precision.rule, num_batch_axes=num_batch_axes)
-    return formats.dequantize(q, x_TK.dtype)
+
+    gate_up: MatmulPrecision = PLAIN
+    down: MatmulPrecision = PLAIN
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether gradients are rounded at random."""
+        return self.gate_up.needs_key or self.down.needs_key
 
 
-def expert_weight(w: Weight, expert: jax.Array | int, precision: MatmulPrecision) -> jax.Array:
-    """Returns one expert's (N, K) float32 weight as the forward product sees it."""
-    w_NK = jax.tree.map(lambda leaf: leaf[expert], w)
-    if isinstance(w, formats.BlockScaled):
-        return formats.dequantize(w_NK, jnp.float32)
-    if precision.w is None:
-        return w_NK.astype(jnp.float32)
-    return formats.dequantize(formats.quantize(w_NK, precision.w, rule=precision.rule), jnp.float32)
+def both(precision: MatmulPrecision | MlpPrecision | None) -> MlpPrecision:
+    """Returns the precision of each layer: one value stands for both, None for plain float."""
+    if isinstance(precision, MlpPrecision):
+        return precision
+    precision = PLAIN if precision is None else precision
+    return MlpPrecision(gate_up=precision, down=precision)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import formats
 from pallas_kernels.grouped_matmul import reference
-from pallas_kernels.grouped_matmul.precision import PLAIN
 
 
-def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, precision, out_dtype):
+def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype):
     """As `reference.grouped_matmul`, for plain operands."""
-    _refuse_quantized(precision, w_ENK)
+    if isinstance(w_ENK, formats.BlockScaled):
+        raise NotImplementedError("ragged_dot takes plain weights only; use xla_windows")
     if bias_EN is not None or row_scale_T is not None:
         raise NotImplementedError("ragged_dot has no bias_EN or row_scale_T; use xla_windows")
     inside_T = jnp.arange(x_TK.shape[0]) < jnp.sum(group_sizes_E)
@@ -27,13 +27,24 @@ def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, precision, 
     return jnp.where(inside_T[:, None], y_TN, 0.0).astype(out_dtype)
 
 
-def expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, precision, out_dtype):
+def input_gradient(dy_TN, w_ENK, group_sizes_E):
+    """As `reference.input_gradient`."""
+    w_EKN = jnp.swapaxes(w_ENK, 1, 2)
+    return grouped_matmul(dy_TN, w_EKN, group_sizes_E, None, None, jnp.float32)
+
+
+def weight_gradient(dy_TN, x_TK, group_sizes_E):
+    """As `reference.weight_gradient`, from the derivative of the product, which is linear in the weights."""
+    shape = (group_sizes_E.shape[0], dy_TN.shape[1], x_TK.shape[1])
+
+    def product(w_ENK):
+        return grouped_matmul(x_TK, w_ENK, group_sizes_E, None, None, jnp.float32)
+
+    return jax.vjp(product, jnp.zeros(shape, jnp.float32))[1](dy_TN.astype(jnp.float32))[0]
+
+
+def expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype):
     """As `reference.expert_mlp`, for plain operands."""
-    return reference.compose_expert_mlp(
-        grouped_matmul, x_ND, gate_up_EGD, down_EDF, group_sizes_E, precision, out_dtype
-    )
-
-
-def _refuse_quantized(precision, w_ENK) -> None:
-    if precision != PLAIN or isinstance(w_ENK, formats.BlockScaled):
-        raise NotImplementedError("ragged_dot takes plain operands only; use xla_windows")
+    hidden_NG = grouped_matmul(x_ND, gate_up_EGD, group_sizes_E, None, None, jnp.float32)
+    act_NF = reference.swiglu(hidden_NG).astype(x_ND.dtype)
+    return grouped_matmul(act_NF, down_EDF, group_sizes_E, None, None, out_dtype)

@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import formats
+from pallas_kernels.grouped_matmul.precision import Weight
+
 # In sixteenths of the mean rows per expert: fine where balanced routing puts most experts, coarse elsewhere. Each
 # height is compiled separately, so there are few.
 _SIXTEENTHS = (4, 8, 11, 13, 15, 16, 17, 19, 24, 32)
@@ -123,6 +126,13 @@ def take(a: jax.Array, row_M: jax.Array, start: jax.Array, height: int) -> jax.A
 def put(buffer: jax.Array, value: jax.Array, start: jax.Array) -> jax.Array:
     """Writes a window's rows into a buffer, cast to its dtype."""
     return lax.dynamic_update_slice_in_dim(buffer, value.astype(buffer.dtype), start, 0)
+
+
+def expert_weight(w: Weight, expert: jax.Array) -> jax.Array:
+    """Returns one expert's (N, K) float32 weight, dequantized where it is packed."""
+    w_NK = jax.tree.map(lambda leaf: leaf[expert], w)
+    packed = isinstance(w, formats.BlockScaled)
+    return formats.dequantize(w_NK) if packed else w_NK.astype(jnp.float32)
 
 
 def transposed(w_NK: jax.Array) -> jax.Array:

@@ -12,49 +12,68 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import expert_windows, reference, windows
-from pallas_kernels.grouped_matmul import precision as precision_lib
-from pallas_kernels.grouped_matmul.precision import PLAIN, MatmulPrecision
+from pallas_kernels.grouped_matmul import expert_windows, windows
 
 
-def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, precision, out_dtype):
+def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype):
     """As `reference.grouped_matmul`, at a cost that follows the rows."""
     if x_TK.shape[0] == 0:
         return jnp.zeros((0, w_ENK.shape[1]), out_dtype)
     operands = windows.vary_alike(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T)
-    return _grouped_matmul(*operands, precision, jnp.dtype(out_dtype))
+    return _grouped_matmul(*operands, jnp.dtype(out_dtype))
 
 
-def expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, precision, out_dtype):
+def expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype):
     """As `reference.expert_mlp`: all three matmuls in one window, so the hidden layer is not written in a forward."""
-    if not fuses(precision):
-        return reference.compose_expert_mlp(
-            grouped_matmul, x_ND, gate_up_EGD, down_EDF, group_sizes_E, precision, out_dtype
-        )
-    return expert_windows.expert_mlp(
-        x_ND, gate_up_EGD, down_EDF, group_sizes_E, precision, out_dtype
-    )
+    return expert_windows.expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype)
 
 
-def fuses(precision: MatmulPrecision) -> bool:
-    """Whether the feed-forward is one loop.
+def input_gradient(dy_TN, w_ENK, group_sizes_E):
+    """As `reference.input_gradient`."""
 
-    Not with quantized activations: a scale over all hidden rows is known only after all windows, and a scale per row
-    is better compiled once than once per window height.
-    """
-    return precision.x is None
+    def body(expert, start, mine_R1, w_NK, buffers):
+        dy_RN = windows.take(dy_TN, row_M, start, mine_R1.shape[0])
+        return (windows.put(buffers[0], dy_RN @ w_NK, start),), ()
+
+    num_rows, like = dy_TN.shape[0], (dy_TN, w_ENK, group_sizes_E)
+    heights = windows.heights(num_rows, w_ENK.shape[0])
+    row_M = _row_index(num_rows, heights)
+    schedule = windows.schedule(group_sizes_E, num_rows, heights[-1])
+    buffer = windows.zeros((num_rows + heights[-1], w_ENK.shape[2]), jnp.float32, like)
+    weights = lambda expert: w_ENK[expert].astype(jnp.float32)  # noqa: E731
+    (dx_MK,), _ = windows.run(schedule, heights, body, weights, (buffer,))
+    inside_T = jnp.arange(num_rows) < jnp.sum(group_sizes_E)
+    return jnp.where(inside_T[:, None], dx_MK[:num_rows], 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, precision, out_dtype):
+def weight_gradient(dy_TN, x_TK, group_sizes_E):
+    """As `reference.weight_gradient`."""
+
+    def body(expert, start, mine_R1, weights, buffers):
+        # Rows of the next expert, or of nobody, are cut by where: 0 * NaN is NaN.
+        x_RK = jnp.where(mine_R1, windows.take(x_TK, row_M, start, mine_R1.shape[0]), 0.0)
+        dy_RN = jnp.where(mine_R1, windows.take(dy_TN, row_M, start, mine_R1.shape[0]), 0.0)
+        return (), (windows.transposed_times(dy_RN, x_RK),)
+
+    num_rows, num_experts = dy_TN.shape[0], group_sizes_E.shape[0]
+    heights = windows.heights(num_rows, num_experts)
+    row_M = _row_index(num_rows, heights)
+    schedule = windows.schedule(group_sizes_E, num_rows, heights[-1])
+    shape = (num_experts, dy_TN.shape[1], x_TK.shape[1])
+    total = windows.zeros(shape, jnp.float32, (dy_TN, x_TK, group_sizes_E))
+    _, (dw_ENK,) = windows.run(schedule, heights, body, lambda expert: (), (), (total,))
+    return dw_ENK
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype):
     num_rows, num_experts = x_TK.shape[0], w_ENK.shape[0]
     heights = windows.heights(num_rows, num_experts)
     inside_T = jnp.arange(num_rows) < jnp.sum(group_sizes_E)
-    x_TK = precision_lib.quantize_rows(x_TK, precision, inside_T)
     row_M = _row_index(num_rows, heights)
 
     def weights(expert):
-        return windows.transposed(precision_lib.expert_weight(w_ENK, expert, precision))
+        return windows.transposed(windows.expert_weight(w_ENK, expert))
 
     def body(expert, start, mine_R1, w_KN, buffers):
         x_RK = windows.take(x_TK, row_M, start, mine_R1.shape[0])
@@ -72,12 +91,12 @@ def _grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, precision,
     return jnp.where(inside_T[:, None], y_MN[:num_rows], jnp.zeros((), out_dtype))
 
 
-def _forward(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, precision, out_dtype):
+def _forward(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype):
     operands = (x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T)
-    return _grouped_matmul(*operands, precision, out_dtype), operands
+    return _grouped_matmul(*operands, out_dtype), operands
 
 
-def _backward(precision, out_dtype, operands, dy_TN):
+def _backward(out_dtype, operands, dy_TN):
     x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T = operands
     frozen = isinstance(w_ENK, formats.BlockScaled)
     num_rows, num_experts = x_TK.shape[0], w_ENK.shape[0]
@@ -85,7 +104,7 @@ def _backward(precision, out_dtype, operands, dy_TN):
     row_M = _row_index(num_rows, heights)
 
     def weights(expert):
-        return precision_lib.expert_weight(w_ENK, expert, PLAIN)
+        return windows.expert_weight(w_ENK, expert)
 
     def body(expert, start, mine_R1, w_NK, buffers):
         # Rows of the next expert, or of nobody, are cut by where: 0 * NaN is NaN.
