@@ -29,17 +29,18 @@ BARS = {"E=16 k=2": 1.25, "E=64 k=8": 1.4}
 VOCAB = 4096
 
 
-def make_run(preset: str):
-    """Returns a function that runs one step and waits for it, and the model FLOPs of a step."""
+def make_run(preset: str, recipe: str = "none"):
+    """Returns a function that runs one step under a recipe and waits for it, and the model FLOPs of a step."""
     import jax
     import numpy as np
 
     from moelab import config as configs
     from moelab import data, model, optimizer, step
+    from moelab.quant import recipes
 
     config = configs.load(f"{EXPERIMENT}:{preset}" if preset else str(EXPERIMENT)).config
     batch, length = config.train.batch_size, config.train.length
-    transformer = model.from_config(config, VOCAB)
+    transformer = model.from_config(config, VOCAB, recipe=recipes.named(recipe))
     shapes = jax.eval_shape(lambda: model.init(transformer, jax.random.key(0)))["params"]
     tx = optimizer.make(config, shapes)
     train_step = jax.jit(step.make_train_step(config, transformer, tx), donate_argnums=0)

@@ -11,15 +11,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
+from moelab.quant import linear
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Attention of one block; see schema.Model for the fields."""
+    """Attention of one block; see schema.Model for the fields.
+
+    Attributes:
+      precision: formats of the projections; None computes in the dtype of x.
+      cache_format, cache_rule: of keys and values, each token and head with its own global scale; None: as computed.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rope_base: float
+    precision: pallas_kernels.MatmulPrecision | None = None
+    cache_format: str | None = None
+    cache_rule: str | None = None
 
 
 def rotate(x_BLQH: jax.Array, position_L: jax.Array, base: float) -> jax.Array:
@@ -69,11 +80,17 @@ class Attention(nn.Module):
     output_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, cache_length: int = 0) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, cache_length: int = 0, key_data: jax.Array | None = None
+    ) -> jax.Array:
+        """Attends; key_data is for stochastic rounding of gradients."""
         c, (batch, length, width) = self.config, x_BLD.shape
-        query = self._project("query", x_BLD, c.num_heads)
-        key = self._project("key", x_BLD, c.num_kv_heads)
-        value = self._project("value", x_BLD, c.num_kv_heads)
+        random = iter(
+            (None,) * 4 if key_data is None else [linear.fold(key_data, i) for i in range(4)]
+        )
+        query = self._project("query", x_BLD, c.num_heads, next(random))
+        key = self._project("key", x_BLD, c.num_kv_heads, next(random))
+        value = self._project("value", x_BLD, c.num_kv_heads, next(random))
         first = 0
         if cache_length:
             used = self.variable("cache", "used", lambda: jnp.zeros((), jnp.int32))
@@ -81,6 +98,7 @@ class Attention(nn.Module):
         position_L = first + jnp.arange(length, dtype=jnp.int32)
         query = rotate(query, position_L, c.rope_base)
         key = rotate(key, position_L, c.rope_base)
+        key, value = (linear.rounded(a, c.cache_format, c.cache_rule) for a in (key, value))
         if cache_length:
             key = self._extend("key", key, first, cache_length)
             value = self._extend("value", value, first, cache_length)
@@ -88,13 +106,13 @@ class Attention(nn.Module):
         mixed = attend(query, key, value, first).reshape(batch, length, -1)
         init = nn.initializers.normal(mixed.shape[-1] ** -0.5 * self.output_scale)
         output = self.param("output", init, (width, mixed.shape[-1]), jnp.float32)
-        return jnp.einsum("blh,dh->bld", mixed, output.astype(x_BLD.dtype))
+        return linear.product(mixed, output, c.precision, next(random))
 
-    def _project(self, name: str, x_BLD: jax.Array, num_heads: int) -> jax.Array:
+    def _project(self, name: str, x_BLD: jax.Array, num_heads: int, random) -> jax.Array:
         width, out = x_BLD.shape[-1], num_heads * self.config.head_dim
         init = nn.initializers.normal(width**-0.5)
-        weight = self.param(name, init, (out, width), jnp.float32).astype(x_BLD.dtype)
-        y = jnp.einsum("bld,od->blo", x_BLD, weight)
+        weight = self.param(name, init, (out, width), jnp.float32)
+        y = linear.product(x_BLD, weight, self.config.precision, random)
         return y.reshape(*x_BLD.shape[:2], num_heads, self.config.head_dim)
 
     def _extend(self, name: str, new: jax.Array, first: jax.Array, cache_length: int) -> jax.Array:

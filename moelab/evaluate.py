@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pallas_kernels
 from moelab import checkpoint, data, loss, metrics, optimizer, quant
 from moelab import config as configs
 from moelab import model as model_lib
@@ -77,7 +76,7 @@ def forward(
     out = model.apply(variables, inputs, train=False, trace=True)
     _, nats_T = loss.sharded_cross_entropy(
         out.hidden_BLD.reshape(batch.token_BL.size, -1),
-        model_lib.head(variables["params"]),
+        model_lib.head(model, variables["params"]),
         batch.target_BL.reshape(-1),
         batch.mask_BL.reshape(-1).astype(jnp.float32),
         chunk=0,
@@ -149,22 +148,18 @@ def agreement(a: Measured, b: Measured) -> float | None:
     return float(np.mean(np.all(a.chosen_MTE == b.chosen_MTE, axis=2)))
 
 
-def precision_of(recipe: recipes.Recipe) -> pallas_kernels.MatmulPrecision | None:
-    """Translates a recipe's formats of the expert role for the kernels; None where activations stay plain."""
-    if recipe.expert_activation is None:
-        return None
-    return pallas_kernels.MatmulPrecision(
-        x=recipe.expert_activation,
-        w=recipe.expert_weight,
-        x_scale=recipe.activation_scale,
-        rule=recipe.rule,
-    )
+def executed(recipe: recipes.Recipe) -> recipes.Recipe:
+    """What the model computes under a recipe whose experts are packed: the packed weights say their format themselves.
+
+    Recipes for which this is the same share one compiled program.
+    """
+    return recipe.without_experts_weights()
 
 
 def in_precision(config, dataset, recipe: recipes.Recipe) -> model_lib.Transformer:
-    """Builds a config's model as a recipe computes it."""
-    precision = precision_of(recipe)
-    return model_lib.from_dataset(config, dataset, dtype=recipe.compute_dtype, precision=precision)
+    """Builds a config's model as a recipe computes it from packed experts."""
+    options = dict(dtype=recipe.compute_dtype, recipe=executed(recipe))
+    return model_lib.from_dataset(config, dataset, **options)
 
 
 def evaluate(
@@ -184,10 +179,11 @@ def evaluate(
     batches = batches_of(config, dataset, split)
     sizes = (len(dataset.domains), config.moe.num_experts)
     rows, columns, steps, reference = [], {}, {}, None
+    keep = model_lib.from_dataset(config, dataset).kept_blocks
     for name in dict.fromkeys((REFERENCE, *precisions)):
         recipe = recipes.get(name)
-        variables, expert_bytes = variables_of(params, router_state, recipe)
-        program = (recipe.compute_dtype, precision_of(recipe))
+        variables, expert_bytes = variables_of(params, router_state, recipe, keep)
+        program = executed(recipe)
         if program not in steps:
             steps[program] = make_step(in_precision(config, dataset, recipe))
         found = measure(steps[program], variables, batches, len(part), sizes)
@@ -214,17 +210,29 @@ def batches_of(config, dataset, split: str) -> list:
     )
 
 
-def variables_of(params: Any, router_state: Any, recipe: recipes.Recipe) -> tuple[dict, int]:
-    """Packs the experts by the recipe; returns what the model takes and the experts' bytes as packed.
+def variables_of(
+    params: Any,
+    router_state: Any,
+    recipe: recipes.Recipe,
+    keep: frozenset[tuple[str, str]] = frozenset(),
+) -> tuple[dict, int]:
+    """Packs the experts by the recipe, but for the blocks of `keep`; returns what the model takes and their bytes.
 
     With weights alone quantized, the packed values are expanded to float32 here: multiplying those is what a
     weight-only kernel computes, and all such recipes share one compiled program.
     """
-    rest, quantized = quant.pack(params, recipe)
-    expert_bytes = quant.expert_bytes(quantized or params, recipe)
+    rest, quantized = quant.pack(params, recipe, keep)
+    return packed_variables(rest, quantized, router_state, recipe)
+
+
+def packed_variables(
+    rest: Any, quantized: Any, router_state: Any, recipe: recipes.Recipe
+) -> tuple[dict, int]:
+    """As `variables_of`, for experts that were packed before."""
+    expert_bytes = sum(quant.expert_bytes(tree, recipe) for tree in (rest, quantized))
     variables = {"params": rest, "router_state": router_state}
     if quantized and recipe.expert_activation is None:
-        variables["params"] = quant.unpack(rest, quantized)
+        variables["params"] = quant.unpack(rest, quantized, recipe.rotation)
     elif quantized:
         variables["quantized"] = quantized
     return variables, expert_bytes
@@ -255,7 +263,7 @@ def _row(recipe, found: Measured, reference: Measured, part, domains, expert_byt
         "precision": recipe.name,
         "label": recipe.label,
         "weights": recipe.expert_weight,
-        "activations": recipe.expert_activation,
+        "activations": recipe.activation_label,
         "loss": loss_value,
         "loss_delta": loss_value - float(reference.nats_D.sum() / tokens),
         "bits_per_byte": bits_per_byte(found, part, domains),

@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from moelab.quant import linear
 from moelab.routing import Routing
 
+# gate_up and down; packed ones may come with input_scale (D,), which multiplies the rows before gate_up, and with the
+# calibrated maxima gate_up_amax and down_amax (E,) of static activation scales.
 Weights = dict[str, jax.Array]
 
 
@@ -35,16 +38,20 @@ def init_swiglu(
     return {"gate_up": gate_up, "down": down}
 
 
-def swiglu(x_TD: jax.Array, weights: Weights) -> jax.Array:
+def swiglu(
+    x_TD: jax.Array,
+    weights: Weights,
+    precision: pallas_kernels.MatmulPrecision | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
     """down(silu(gate(x)) * up(x)) for one dense feed-forward, in the dtype of x (arXiv:2002.05202)."""
-    gate_up_GD = weights["gate_up"].astype(x_TD.dtype)
-    hidden_TG = jax.lax.dot_general(x_TD, gate_up_GD, (((1,), (1,)), ((), ())))
+    keys = (None, None) if key is None else (linear.fold(key, 0), linear.fold(key, 1))
+    hidden_TG = linear.product(x_TD, weights["gate_up"], precision, keys[0])
     gate_TF, up_TF = jnp.split(hidden_TG, 2, axis=-1)
-    down_DF = weights["down"].astype(x_TD.dtype)
-    return jax.lax.dot_general(jax.nn.silu(gate_TF) * up_TF, down_DF, (((1,), (1,)), ((), ())))
+    return linear.product(jax.nn.silu(gate_TF) * up_TF, weights["down"], precision, keys[1])
 
 
-def cast(weight, dtype, precision: pallas_kernels.MatmulPrecision | None):
+def cast(weight, dtype, precision: pallas_kernels.MlpPrecision | None):
     """Casts a plain weight to the dtype of the computation where nothing is quantized."""
     return weight.astype(dtype) if isinstance(weight, jax.Array) and precision is None else weight
 
@@ -55,7 +62,8 @@ def apply(
     routing: Routing,
     *,
     assignments_per_token: int | None,
-    precision: pallas_kernels.MatmulPrecision | None = None,
+    precision: pallas_kernels.MlpPrecision | None = None,
+    key: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Sends each token through its experts and sums what comes back.
@@ -68,12 +76,16 @@ def apply(
       routing: local to the device.
       assignments_per_token: K where the routing is token choice (N = T*K in token-major order), else None.
       precision: formats of the expert matmuls; None computes in the dtype of x.
+      key: for stochastic rounding of gradients.
       implementation: grouped matmul backend; None picks.
 
     Returns:
       (T, D) in the dtype of x.
     """
     num_experts = weights["gate_up"].shape[0]
+    if "input_scale" in weights:
+        x_TD = (x_TD * weights["input_scale"][None]).astype(x_TD.dtype)
+    names = ("gate_up_amax", "down_amax")
     return pallas_kernels.routed_expert_mlp(
         x_TD,
         routing.token_N,
@@ -83,5 +95,7 @@ def apply(
         cast(weights["down"], x_TD.dtype, precision),
         assignments_per_token=assignments_per_token,
         precision=precision,
+        x_amax=tuple(weights[name] if name in weights else None for name in names),
+        key=key,
         implementation=implementation,
     )

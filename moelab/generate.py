@@ -153,7 +153,7 @@ def model_step(model: model_lib.Transformer, variables: dict, cache_length: int)
         out, cache = model.apply(
             variables | cache, inputs, cache_length=cache_length, mutable=["cache"]
         )
-        return model_lib.logits(variables["params"], out.hidden_BLD[:, -1:])[:, 0], cache
+        return model_lib.logits(model, variables["params"], out.hidden_BLD[:, -1:])[:, 0], cache
 
     return step
 

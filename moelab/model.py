@@ -14,7 +14,10 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from moelab import attention, balance, experts, moe, parallel, routers, soft_moe
+from moelab.quant import linear, precisions, recipes
 from moelab.routing import RouterInput
+
+PLAIN = recipes.named("none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,8 @@ class BlockConfig:
     dense_width: int
     moe: moe.MoeConfig | None
     norm_epsilon: float
+    dense_precision: pallas_kernels.MatmulPrecision | None = None
+    high_precision: bool = False  # stays unquantized whatever the recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +113,7 @@ class Block(nn.Module):
         config, scale = self.config, self.output_scale
         normed = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BLD)
         attend = attention.Attention(config.attention, scale, name="attention")
-        x_BLD = x_BLD + attend(normed, cache_length)
+        x_BLD = x_BLD + attend(normed, cache_length, linear.fold(inputs.key, 2))
         normed = RMSNorm(config.norm_epsilon, name="feed_forward_norm")(x_BLD)
         if config.moe is not None:
             block = soft_moe.SoftMoeBlock if config.moe.slots_per_expert else moe.MoeBlock
@@ -119,7 +124,8 @@ class Block(nn.Module):
         weights = self.param(
             "dense", lambda k: experts.init_swiglu(k, (), width, config.dense_width, scale)
         )
-        y_TD = experts.swiglu(normed.reshape(-1, width), weights)
+        x_TD, random = normed.reshape(-1, width), linear.fold(inputs.key, 3)
+        y_TD = experts.swiglu(x_TD, weights, config.dense_precision, random)
         return x_BLD + y_TD.reshape(x_BLD.shape), None, None
 
 
@@ -179,6 +185,7 @@ class Transformer(nn.Module):
       dtype: of the computation; parameters, norms, routers and softmaxes are float32.
       remat: recompute each unit of blocks in the backward pass.
       mesh: from parallel.make_mesh.
+      embedding_format, head_precision: formats of the table, and of the head's weights and input; None: plain.
     """
 
     vocab_size: int
@@ -189,6 +196,8 @@ class Transformer(nn.Module):
     dtype: Any
     remat: bool
     mesh: jax.sharding.Mesh
+    embedding_format: str | None = None
+    head_precision: pallas_kernels.MatmulPrecision | None = None
 
     @nn.compact
     def __call__(
@@ -211,7 +220,8 @@ class Transformer(nn.Module):
         embedding_VD = self.param("embedding", init, (self.vocab_size, self.width), jnp.float32)
         if not self.tied_head:
             self.param("head", init, (self.vocab_size, self.width), jnp.float32)
-        x_BLD = embedding_VD[inputs.token_BL].astype(self.dtype) * self.width**0.5
+        table_VD = linear.rounded(embedding_VD, self.embedding_format)
+        x_BLD = table_VD[inputs.token_BL].astype(self.dtype) * self.width**0.5
         router_input = _router_input(inputs)
         num_layers = sum(s.count * len(s.blocks) for s in self.segments)
         carry = _Carry(x_BLD, self._no_logits(x_BLD), jnp.zeros((), jnp.int32))
@@ -231,6 +241,8 @@ class Transformer(nn.Module):
             first += segment.count * len(segment.sparse)
             reports.append(report)
         hidden = RMSNorm(self.norm_epsilon, name="final_norm")(carry.x_BLD)
+        if self.head_precision is not None:  # only the head reads it
+            hidden = linear.rounded(hidden, self.head_precision.x, self.head_precision.x_rule)
         return Output(hidden, tuple(reports))
 
     def _no_logits(self, x_BLD: jax.Array) -> jax.Array | None:
@@ -241,20 +253,34 @@ class Transformer(nn.Module):
         return jnp.zeros((x_BLD.shape[0] * x_BLD.shape[1], routers_[0].num_columns), jnp.float32)
 
     @property
+    def kept_blocks(self) -> frozenset[tuple[str, str]]:
+        """(segment, block) of the blocks that stay in high precision, as parameters name them."""
+        return frozenset(
+            (f"segment_{s}", f"block_{b}")
+            for s, segment in enumerate(self.segments)
+            for b, block in enumerate(segment.blocks)
+            if block.high_precision
+        )
+
+    @property
     def leak(self) -> str:
         """Why outputs depend on later tokens; empty where they do not."""
         blocks = (block for segment in self.segments for block in segment.blocks)
         return next((b.moe.leak for b in blocks if b.moe is not None and b.moe.leak), "")
 
 
-def head(params: dict) -> jax.Array:
-    """Returns the output head, (V, D) float32."""
-    return params["head"] if "head" in params else params["embedding"]
+def head(model: Transformer, params: dict) -> jax.Array:
+    """Returns the output head, (V, D) float32, rounded where the model's precision says so."""
+    weight_VD = params["head"] if "head" in params else params["embedding"]
+    precision = model.head_precision
+    if precision is None:
+        return weight_VD
+    return linear.rounded_matrix(weight_VD, precision.w, precision.w_rule)
 
 
-def logits(params: dict, hidden_BLD: jax.Array) -> jax.Array:
+def logits(model: Transformer, params: dict, hidden_BLD: jax.Array) -> jax.Array:
     """Returns hidden @ head^T in float32: (B, L, V)."""
-    weight = head(params).astype(hidden_BLD.dtype)
+    weight = head(model, params).astype(hidden_BLD.dtype)
     return jnp.einsum("bld,vd->blv", hidden_BLD, weight, preferred_element_type=jnp.float32)
 
 
@@ -337,7 +363,7 @@ def from_config(
     mesh: jax.sharding.Mesh | None = None,
     *,
     dtype: str | None = None,
-    precision: pallas_kernels.MatmulPrecision | None = None,
+    recipe: recipes.Recipe = PLAIN,
     token_counts: tuple[int, ...] = (),
 ) -> Transformer:
     """Builds the model of a config: the only place that knows both config and modules.
@@ -347,28 +373,17 @@ def from_config(
       vocab_size: of the tokenizer.
       mesh: devices; None takes the first one.
       dtype: overrides config.model.dtype.
-      precision: formats of the expert matmuls, for evaluation; None: the model's dtype.
+      recipe: which tensor role is computed in which format, but for the layers that config.quantization keeps in high
+        precision. The recipe's own compute_dtype is the caller's to pass on.
       token_counts: how often each id occurs in the training data, for routers that go by it; empty: all alike.
     """
     counts = token_counts or (1,) * vocab_size
     m = config.model
-    dense = BlockConfig(
-        attention=attention.AttentionConfig(
-            num_heads=m.num_heads,
-            num_kv_heads=m.num_kv_heads,
-            head_dim=m.head_dim,
-            rope_base=m.rope_base,
-        ),
-        dense_width=m.dense_width,
-        moe=None,
-        norm_epsilon=m.norm_epsilon,
-    )
-    blocks = [dense] * m.num_layers
-    sparse_layers = moe_layers(config)
-    if sparse_layers:
-        sparse = dataclasses.replace(dense, moe=_moe_config(config, precision, counts))
-        for i in sparse_layers:
-            blocks[i] = sparse
+    quantized = _block_kinds(config, recipe, counts, high_precision=False)
+    kept = _block_kinds(config, PLAIN, counts, high_precision=True)
+    sparse, high = moe_layers(config), high_precision_layers(config)
+    blocks = [(kept if i in high else quantized)[i in sparse] for i in range(m.num_layers)]
+    head_precision = precisions.of_role(recipe, "head")
     return Transformer(
         vocab_size=vocab_size,
         width=m.width,
@@ -378,7 +393,47 @@ def from_config(
         dtype=jnp.dtype(dtype or m.dtype),
         remat=m.remat,
         mesh=mesh or parallel.make_mesh(1),
+        embedding_format=recipe.embedding.weight,
+        head_precision=head_precision,
     )
+
+
+def _block_kinds(
+    config, recipe: recipes.Recipe, counts: tuple[int, ...], high_precision: bool
+) -> tuple[BlockConfig, BlockConfig | None]:
+    """The dense block and the sparse one (None in a dense model) under a recipe."""
+    m = config.model
+    dense = BlockConfig(
+        attention=attention.AttentionConfig(
+            num_heads=m.num_heads,
+            num_kv_heads=m.num_kv_heads,
+            head_dim=m.head_dim,
+            rope_base=m.rope_base,
+            precision=precisions.of_role(recipe, "attention"),
+            cache_format=recipe.kv_cache.activation,
+            cache_rule=recipe.activation_rule if recipe.kv_cache.activation else None,
+        ),
+        dense_width=m.dense_width,
+        moe=None,
+        norm_epsilon=m.norm_epsilon,
+        dense_precision=precisions.of_role(recipe, "dense_mlp"),
+        high_precision=high_precision,
+    )
+    if not moe_layers(config):
+        return dense, None
+    return dense, dataclasses.replace(dense, moe=_moe_config(config, recipe, counts))
+
+
+def training_recipe(config) -> recipes.Recipe:
+    """Returns the recipe of config.quantization."""
+    q = config.quantization
+    return recipes.named(q.recipe, q.format, tuple(q.roles))
+
+
+def high_precision_layers(config) -> set[int]:
+    """Indices of the blocks that config.quantization keeps unquantized: the first and last ones."""
+    q, count = config.quantization, config.model.num_layers
+    return {*range(min(q.first_layers, count)), *range(max(count - q.last_layers, 0), count)}
 
 
 def _mechanism(config, kind: str):
@@ -397,7 +452,7 @@ def _wants_counts(kind: str) -> bool:
     return "token_counts" in routers.module(kind).Router.__dataclass_fields__
 
 
-def _moe_config(config, precision, token_counts: tuple[int, ...]) -> moe.MoeConfig:
+def _moe_config(config, recipe: recipes.Recipe, token_counts: tuple[int, ...]) -> moe.MoeConfig:
     fields = config.router.to_dict()
     kind = fields.pop("kind")
     if _wants_counts(kind):
@@ -412,7 +467,9 @@ def _moe_config(config, precision, token_counts: tuple[int, ...]) -> moe.MoeConf
         shared_width=config.moe.num_shared_experts * config.moe.expert_width,
         capacity_factor=config.moe.capacity_factor,
         slots_per_expert=config.moe.slots_per_expert,
-        precision=precision,
+        precision=precisions.experts(recipe),
+        shared_precision=precisions.of_role(recipe, "shared_experts"),
+        router_precision=precisions.of_role(recipe, "router"),
         implementation=None if implementation == "auto" else implementation,
     )
 

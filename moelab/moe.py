@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from moelab import balancing, capacity, experts, idle, parallel
 from moelab import routing as routing_lib
+from moelab.quant import linear
 from moelab.router import Router
 
 
@@ -30,6 +31,8 @@ class MoeConfig:
       capacity_factor: 0 for dropless.
       slots_per_expert: 0, or the slots per expert and sequence of Soft MoE, which then replaces the router.
       precision: formats of the expert matmuls; None computes in the block's dtype.
+      shared_precision: of the shared experts.
+      router_precision: formats of the router's parameters and input, whose product stays float32.
       implementation: grouped matmul backend; None picks.
     """
 
@@ -39,7 +42,9 @@ class MoeConfig:
     shared_width: int = 0
     capacity_factor: float = 0.0
     slots_per_expert: int = 0
-    precision: pallas_kernels.MatmulPrecision | None = None
+    precision: pallas_kernels.MlpPrecision | None = None
+    shared_precision: pallas_kernels.MatmulPrecision | None = None
+    router_precision: pallas_kernels.MatmulPrecision | None = None
     implementation: str | None = None
 
     @property
@@ -114,7 +119,7 @@ class MoeBlock(nn.Module):
         shared = {"router": router_params, "key": key}
         y_TD, routing = local(x_TD, per_token, shared, _bias(config, states), weights)
         if config.shared_width:
-            y_TD = y_TD + self._shared_experts(x_TD)
+            y_TD = y_TD + self._shared_experts(x_TD, key)
         found = report(config, routing, states, trace)
         return y_TD.reshape(x_BLD.shape), found, routing.aux.logit_TC
 
@@ -123,19 +128,21 @@ class MoeBlock(nn.Module):
         initial = mechanism.init(self.config.router)
         return self.variable("router_state", name, lambda: initial).value if initial else {}
 
-    def _shared_experts(self, x_TD: jax.Array) -> jax.Array:
+    def _shared_experts(self, x_TD: jax.Array, key: jax.Array) -> jax.Array:
         """The experts that every token passes, as one SwiGLU: (T, D)."""
         hidden = self.config.shared_width
         weights = self.param(
             "shared",
             lambda key: experts.init_swiglu(key, (), x_TD.shape[1], hidden, self.output_scale),
         )
-        return experts.swiglu(x_TD, weights)
+        return experts.swiglu(x_TD, weights, self.config.shared_precision, linear.fold(key, 1))
 
     def _expert_weights(self, width: int) -> experts.Weights:
-        """The packed weights where a quantized collection came along, else the parameters."""
+        """The packed weights where a quantized collection came along, and the parameters."""
         if self.has_variable("quantized", "experts"):
-            return self.get_variable("quantized", "experts")
+            plain = self.has_variable("params", "experts")
+            rest = self.get_variable("params", "experts") if plain else {}
+            return rest | self.get_variable("quantized", "experts")
         return self.param(
             "experts",
             lambda key: experts.init_swiglu(
@@ -173,7 +180,7 @@ def _local_forward(config: MoeConfig, train: bool):
 
     def forward(x_TD, inputs, shared, bias_C, weights):
         inputs = inputs._replace(train=train, key=shared["key"])
-        routing = router.apply({"params": shared["router"]}, x_TD, inputs, bias_C)
+        routing = router.apply(*_router_operands(config, shared["router"], x_TD), inputs, bias_C)
         if factor and router.slots:
             limit = capacity.limit(x_TD.shape[0] * router.k, router.num_experts, factor)
             first_T = routing.weight_N.reshape(-1, router.slots)[:, 0] if router.by_score else None
@@ -184,6 +191,7 @@ def _local_forward(config: MoeConfig, train: bool):
             routing,
             assignments_per_token=router.slots,
             precision=config.precision,
+            key=_rounding_key(config, inputs),
             implementation=config.implementation,
         )
         if router.idle_experts:
@@ -193,6 +201,22 @@ def _local_forward(config: MoeConfig, train: bool):
         return y_TD, routing._replace(token_N=routing.token_N + first)
 
     return forward
+
+
+def _router_operands(config: MoeConfig, params: Any, x_TD: jax.Array) -> tuple[dict, jax.Array]:
+    """The router's variables and input, rounded where its precision says so."""
+    precision = config.router_precision
+    if precision is None:
+        return {"params": params}, x_TD
+    params = linear.rounded_router(params, x_TD.shape[1], precision.w, precision.w_rule)
+    return {"params": params}, linear.rounded(x_TD, precision.x, precision.x_rule)
+
+
+def _rounding_key(config: MoeConfig, inputs: routing_lib.RouterInput) -> jax.Array | None:
+    """A key for the gradients' rounding: of the step, the layer, and where these tokens are in the step's batch."""
+    if config.precision is None or not config.precision.needs_key:
+        return None
+    return linear.fold(linear.fold(inputs.key, 0), inputs.position_T[0])
 
 
 def report(

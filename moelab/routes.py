@@ -208,7 +208,9 @@ def _run(
     opened: _Opened, before_capacity: bool, replays: Sequence[np.ndarray] | None = None
 ) -> _Pass:
     state, num_documents = opened.loaded.state, len(opened.part)
-    variables, _ = evaluate.variables_of(state.params, state.router_state, opened.recipe)
+    variables, _ = evaluate.variables_of(
+        state.params, state.router_state, opened.recipe, opened.model.kept_blocks
+    )
     step = _make_step(opened.model, opened.router, before_capacity)
     nats_D, count_D = np.zeros(num_documents), np.zeros(num_documents, np.int64)
     columns, weights, tokens = [], [], 0

@@ -103,6 +103,9 @@ class Train:
     """Length, batch and safety of a training run."""
 
     num_steps: int = 200  # optimizer steps
+    start_from: str = (
+        ""  # run directory whose parameters the run starts from; empty: drawn from the seed
+    )
     batch_size: int = 16  # sequences per optimizer step, over all devices and micro-batches
     length: int = 256  # tokens per sequence
     accumulation_steps: int = 1  # micro-batches per optimizer step; divides batch_size
@@ -120,6 +123,37 @@ class Upcycle:
     run: str = ""  # directory of a finished dense run of the same model; empty: start from nothing
     virtual_groups: bool = (
         True  # experts that hold the shards of one copy start with the same router column
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Low precision in training: a recipe, when and where it holds, distillation, oscillation."""
+
+    recipe: str = "none"  # what training computes: none, nvfp4_qat, mxfp4_qat (_w: weights only), nvfp4_training, ...
+    format: str = "nvfp4"  # 4-bit format of the recipes w4a16, w4a8 and w4a4
+    roles: tuple[
+        str, ...
+    ] = ()  # changes to the recipe, each ROLE.PART=FORMAT, as attention.weight=nvfp4; none: plain
+    start_step: int = 0  # optimizer steps in high precision before the recipe holds
+    end_step: int = 0  # optimizer step after which it is high precision again; 0: never
+    first_layers: int = 0  # blocks at the beginning that stay in high precision
+    last_layers: int = 0  # blocks at the end that stay in high precision
+    teacher: str = (
+        ""  # run directory whose high-precision model is distilled (arXiv:2601.20088); empty: none
+    )
+    teacher_share: float = (
+        1.0  # share of the loss that is the divergence from the teacher; the rest is cross-entropy
+    )
+    temperature: float = 1.0  # of the distillation
+    flip_every: int = 0  # optimizer steps between measurements of the share of weights whose code changes; 0: never
+    reset_every: int = (
+        0  # optimizer steps between resets of oscillating weights (arXiv:2510.27527); 0: never
+    )
+    reset_start: int = 0  # optimizer step after which the first window may begin
+    reset_window: int = 50  # optimizer steps over which oscillation is watched
+    reset_ratio: float = (
+        8.0  # path of the rounded weight over that of the weight from which it is reset
     )
 
 
@@ -231,6 +265,7 @@ SECTIONS = {
     "moe": Moe,
     "train": Train,
     "upcycle": Upcycle,
+    "quantization": Quantization,
     "evaluation": Evaluation,
     "checkpoint": Checkpoint,
     "logging": Logging,

@@ -38,7 +38,9 @@ class SoftMoeBlock(moe.MoeBlock):
         local = parallel.shard_tokens(_local_forward(config), self.mesh, (True, True, False, False))
         y_BLD, combine_BLP, logit_BLP = local(x_BLD, mask_BL, (phi_DP, scale), weights)
         if config.shared_width:
-            y_BLD = y_BLD + self._shared_experts(x_BLD.reshape(-1, width)).reshape(x_BLD.shape)
+            y_BLD = y_BLD + self._shared_experts(x_BLD.reshape(-1, width), inputs.key).reshape(
+                x_BLD.shape
+            )
         described = _describe(config, inputs, combine_BLP, logit_BLP)
         states = {
             name: self._mechanism_state(name, mechanism) for name, mechanism in config.mechanisms

@@ -13,6 +13,7 @@ import optax
 
 from moelab import loss, moe, parallel
 from moelab import model as model_lib
+from moelab.quant import packing
 
 
 class TrainState(NamedTuple):
@@ -26,6 +27,7 @@ class TrainState(NamedTuple):
       key: PRNG key of the run; a step's noise is keyed by (key, step, token).
       skipped: () int32, steps skipped for a non-finite loss or gradient.
       skipped_in_row: () int32, of these the latest ones in a row.
+      oscillation: distances that the reset of oscillating weights keeps; {} without it.
     """
 
     step: jax.Array
@@ -35,6 +37,7 @@ class TrainState(NamedTuple):
     key: jax.Array
     skipped: jax.Array
     skipped_in_row: jax.Array
+    oscillation: Any
 
 
 class StepReport(NamedTuple):
@@ -45,6 +48,9 @@ class StepReport(NamedTuple):
       balance: unweighted balancing losses by mechanism, averaged over layers.
       coefficient: their coefficients in force, averaged over layers.
       total_loss: what the gradient is of.
+      divergence: of the teacher from the student, nats per token; 0 without a teacher.
+      flip_rate: share of the experts' weights whose code changed in this step; NaN where it was not measured.
+      reset: int32, oscillating weights that were set to their rounded value.
       gradient_norm: global norm before clipping.
       finite: bool; False means that the step was skipped.
       skipped, skipped_in_row: counters of the state after the step.
@@ -55,6 +61,9 @@ class StepReport(NamedTuple):
     balance: dict[str, jax.Array]
     coefficient: dict[str, jax.Array]
     total_loss: jax.Array
+    divergence: jax.Array
+    flip_rate: jax.Array
+    reset: jax.Array
     gradient_norm: jax.Array
     finite: jax.Array
     skipped: jax.Array
@@ -67,7 +76,10 @@ class StepReport(NamedTuple):
 
 
 def init_state(
-    model: model_lib.Transformer, optimizer: optax.GradientTransformation, seed: int
+    model: model_lib.Transformer,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    watch: oscillation.Reset | None = None,
 ) -> TrainState:
     """Draws the state before the first step; the same for a seed on any number of devices."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
@@ -81,6 +93,7 @@ def init_state(
         key=jax.random.key_data(run_key),
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
+        oscillation=watch.init(packing.expert_weights(variables["params"])) if watch else {},
     )
 
 
@@ -95,13 +108,37 @@ def in_block_order(reports: tuple[dict[str, Any], ...]) -> list[Any]:
     return layers
 
 
-def make_train_step(config, model: model_lib.Transformer, optimizer: optax.GradientTransformation):
-    """Returns step(state, batch, poison) -> (state, StepReport), to be jitted with the state donated.
+def oscillation_reset(config) -> oscillation.Reset | None:
+    """The reset of oscillating weights that a config asks for."""
+    q = config.quantization
+    if not q.reset_every:
+        return None
+    from moelab.quant import oscillation
+
+    recipe = model_lib.training_recipe(config)
+    return oscillation.Reset(
+        every=q.reset_every,
+        start=q.reset_start,
+        window=q.reset_window,
+        ratio=q.reset_ratio,
+        format=recipe.expert_weight,
+        rule=recipe.weight_rule,
+    )
+
+
+def make_train_step(
+    config,
+    model: model_lib.Transformer,
+    optimizer: optax.GradientTransformation,
+    teacher_model: model_lib.Transformer | None = None,
+):
+    """Returns step(state, batch, poison, teacher) -> (state, StepReport), to be jitted with the state donated.
 
     `batch` has token_BL, target_BL, mask_BL and domain_B. `poison` is 1.0; the reliability tests pass NaN to make the
-    loss of a step non-finite.
+    loss of a step non-finite. `teacher` holds the variables of the teacher model; leave it out where there is none.
     """
-    count = config.train.accumulation_steps
+    count, share_of_teacher = config.train.accumulation_steps, config.quantization.teacher_share
+    watch = oscillation_reset(config)
 
     def forward(params, router_state, micro: _Micro):
         batch = micro.batch
@@ -110,19 +147,48 @@ def make_train_step(config, model: model_lib.Transformer, optimizer: optax.Gradi
         )
         return model.apply({"params": params, "router_state": router_state}, inputs, train=True)
 
-    def objective(params, router_state, micro: _Micro, total, poison):
-        out, batch = forward(params, router_state, micro), micro.batch
-        mask_T = batch.mask_BL.reshape(-1)
-        weight_T = jnp.where(mask_T, 1.0 / total, 0.0)
-        lm_loss, _ = loss.sharded_cross_entropy(
-            out.hidden_BLD.reshape(mask_T.size, -1),
-            model_lib.head(params),
+    def language_loss(params, out, batch, weight_T, *, differentiate: bool):
+        hidden_TD = out.hidden_BLD.reshape(weight_T.size, -1)
+        head_VD = model_lib.head(model, params)
+        if not differentiate:
+            hidden_TD, head_VD = jax.lax.stop_gradient((hidden_TD, head_VD))
+        value, _ = loss.sharded_cross_entropy(
+            hidden_TD,
+            head_VD,
             batch.target_BL.reshape(-1),
             weight_T,
             chunk=config.train.head_chunk,
             mesh=model.mesh,
         )
-        lm_loss = lm_loss * poison
+        return value
+
+    def divergence(params, out, micro: _Micro, weight_T, teacher):
+        batch = micro.batch
+        inputs = model_lib.Inputs(batch.token_BL, batch.mask_BL, batch.domain_B)
+        wanted = jax.lax.stop_gradient(teacher_model.apply(teacher, inputs, train=False))
+        value, _ = loss.sharded_kl(
+            out.hidden_BLD.reshape(weight_T.size, -1),
+            model_lib.head(model, params),
+            wanted.hidden_BLD.reshape(weight_T.size, -1),
+            model_lib.head(teacher_model, teacher["params"]),
+            weight_T,
+            chunk=config.train.head_chunk,
+            mesh=model.mesh,
+            temperature=config.quantization.temperature,
+        )
+        return value
+
+    def objective(params, router_state, micro: _Micro, total, poison, teacher):
+        out, batch = forward(params, router_state, micro), micro.batch
+        mask_T = batch.mask_BL.reshape(-1)
+        weight_T = jnp.where(mask_T, 1.0 / total, 0.0)
+        distills = teacher is not None and share_of_teacher > 0
+        learns = not distills or share_of_teacher < 1
+        lm_loss = language_loss(params, out, batch, weight_T, differentiate=learns) * poison
+        wanted, divergent = lm_loss, jnp.zeros((), jnp.float32)
+        if distills:
+            divergent = divergence(params, out, micro, weight_T, teacher) * poison
+            wanted = (1 - share_of_teacher) * lm_loss + share_of_teacher * divergent
         # The share of the step's tokens that this micro-batch has, so that its mean losses add up to the step's.
         share = jnp.sum(mask_T).astype(jnp.float32) / total
         layers = in_block_order(out.reports)
@@ -136,16 +202,16 @@ def make_train_step(config, model: model_lib.Transformer, optimizer: optax.Gradi
             jnp.zeros((), jnp.float32),
         )
         reports, rows = _split_rows(jax.tree.map(jax.lax.stop_gradient, out.reports))
-        return lm_loss + penalty, (lm_loss, _shared_out(reports, share), rows)
+        return wanted + penalty, (lm_loss, divergent, _shared_out(reports, share), rows)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
-    def summed_gradient(state, router_state, micros: _Micro, total, poison):
+    def summed_gradient(state, router_state, micros: _Micro, total, poison, teacher):
         def call(micro):
-            (value, (lm_loss, reports, rows)), grads = gradient(
-                state.params, router_state, micro, total, poison
+            (value, (lm_loss, divergent, reports, rows)), grads = gradient(
+                state.params, router_state, micro, total, poison, teacher
             )
-            return (value, lm_loss, reports, grads), rows
+            return (value, lm_loss, divergent, reports, grads), rows
 
         summed, rows = _over_micro_batches(call, micros, count)
         return *summed, rows
@@ -164,12 +230,14 @@ def make_train_step(config, model: model_lib.Transformer, optimizer: optax.Gradi
         reports, rows = _over_micro_batches(call, micros, count)
         return update_router_state(model, state.router_state, reports, rows, only=names)
 
-    def step(state: TrainState, batch, poison) -> tuple[TrainState, StepReport]:
+    def step(
+        state: TrainState, batch, poison, teacher: dict | None = None
+    ) -> tuple[TrainState, StepReport]:
         total = jnp.maximum(jnp.sum(batch.mask_BL), 1).astype(jnp.float32)
         micros = _cut(state, batch, count, model.mesh.size)
         router_state = counted(state, micros)
-        total_loss, lm_loss, reports, grads, rows = summed_gradient(
-            state, router_state, micros, total, poison
+        total_loss, lm_loss, divergent, reports, grads, rows = summed_gradient(
+            state, router_state, micros, total, poison, teacher
         )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total_loss) & jnp.isfinite(norm)
@@ -179,6 +247,8 @@ def make_train_step(config, model: model_lib.Transformer, optimizer: optax.Gradi
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        flips = _flip_rate(config, state, params)
+        params, watched, reset = _reset(watch, state, params)
         router_state = update_router_state(model, router_state, reports, rows)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
         skipped = jnp.logical_not(finite).astype(jnp.int32)
@@ -190,10 +260,46 @@ def make_train_step(config, model: model_lib.Transformer, optimizer: optax.Gradi
             key=state.key,
             skipped=state.skipped + skipped,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+            oscillation=keep(watched, state.oscillation),
         )
-        return new_state, _step_report(lm_loss, total_loss, norm, finite, new_state, reports)
+        scalars = dict(
+            loss=lm_loss,
+            total_loss=total_loss,
+            divergence=divergent,
+            flip_rate=flips,
+            reset=jnp.where(finite, reset, 0),
+            gradient_norm=norm,
+            finite=finite,
+        )
+        return new_state, _step_report(scalars, new_state, reports)
 
     return step
+
+
+def _flip_rate(config, state: TrainState, params: Any) -> jax.Array:
+    """Share of the experts' weights whose code this step changes, every so many steps; NaN in between."""
+    every, recipe = config.quantization.flip_every, model_lib.training_recipe(config)
+    nothing = jnp.full((), jnp.nan, jnp.float32)
+    if not every:
+        return nothing
+    from moelab.quant import oscillation
+
+    trees = [packing.expert_weights(p) for p in (state.params, params)]
+    return jax.lax.cond(
+        (state.step + 1) % every == 0,
+        lambda old, new: oscillation.flip_rate(old, new, recipe.expert_weight, recipe.weight_rule),
+        lambda old, new: nothing,
+        *trees,
+    )
+
+
+def _reset(watch: oscillation.Reset | None, state: TrainState, params: Any):
+    """Sets oscillating weights to their rounded value: (params, distances, how many)."""
+    if watch is None:
+        return params, state.oscillation, jnp.zeros((), jnp.int32)
+    old, new = packing.expert_weights(state.params), packing.expert_weights(params)
+    watched, new, count = watch.update(state.oscillation, old, new, state.step + 1)
+    return packing.with_expert_weights(params, new), watched, count
 
 
 class _Micro(NamedTuple):
@@ -320,7 +426,7 @@ def _updated(config: moe.MoeConfig, state: dict, statistics: dict, only: list[st
     return new
 
 
-def _step_report(lm_loss, total_loss, norm, finite, state, reports) -> StepReport:
+def _step_report(scalars: dict[str, jax.Array], state: TrainState, reports) -> StepReport:
     layers = in_block_order(reports)
 
     def stack(name):
@@ -332,12 +438,9 @@ def _step_report(lm_loss, total_loss, norm, finite, state, reports) -> StepRepor
         return {n: sum(v[n] for v in values) / len(values) for n in (values[0] if values else ())}
 
     return StepReport(
-        loss=lm_loss,
+        **scalars,
         balance=mean("loss"),
         coefficient=mean("weight"),
-        total_loss=total_loss,
-        gradient_norm=norm,
-        finite=finite,
         skipped=state.skipped,
         skipped_in_row=state.skipped_in_row,
         load_ME=stack("load_E"),
@@ -352,6 +455,7 @@ def abstract_state(
     config, model: model_lib.Transformer, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Shapes, dtypes and placement of a run's state."""
-    shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
+    watch = oscillation_reset(config)
+    shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.seed, watch))
     sharding = parallel.replicated(model.mesh)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)

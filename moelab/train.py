@@ -98,7 +98,11 @@ class _Session:
     def __init__(self, config, workdir: Path, dataset, resume: str):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.mesh = parallel.make_mesh()
-        self.model = model_lib.from_dataset(config, dataset, self.mesh)
+        # The recipe's model, and the same in high precision for the steps before and after the recipe.
+        self.plain_model = model_lib.from_dataset(config, dataset, self.mesh)
+        recipe = model_lib.training_recipe(config)
+        self.model = model_lib.from_dataset(config, dataset, self.mesh, recipe=recipe)
+        self.teacher = _teacher(config, dataset, self.mesh)
         abstract = jax.eval_shape(lambda: model_lib.init(self.model, jax.random.key(0)))
         self.optimizer = optimizer.make(config, abstract["params"])
         if self.model.leak:
@@ -112,7 +116,8 @@ class _Session:
         self.events: list[tuple[str, int, dict]] = []
         # The longest compilation goes on beside the restore, the start of the loader and the smaller programs.
         self.compiler = futures.ThreadPoolExecutor(1)
-        self.compiled = self.compiler.submit(self._compile)
+        self.programs: dict[bool, futures.Future] = {}
+        self._program((self.checkpoints.steps() or [0])[-1] + 1)
         self.state = self._restore(resume)
         self.first_step = int(self.state.step)
         self._open_journal()
@@ -137,8 +142,22 @@ class _Session:
     def _event_later(self, event: str, step: int, detail: dict) -> None:
         self.events.append((event, step, detail))
 
-    def _compile(self) -> jax.stages.Compiled:
-        train_step = step_lib.make_train_step(self.config, self.model, self.optimizer)
+    def _quantized(self, step: int) -> bool:
+        """Whether the recipe holds in a step (1-based)."""
+        q = self.config.quantization
+        return q.start_step < step and (not q.end_step or step <= q.end_step)
+
+    def _program(self, step: int) -> futures.Future:
+        """The compiled program of a step, compiled beside whatever else goes on."""
+        quantized = self._quantized(step)
+        if quantized not in self.programs:
+            self.programs[quantized] = self.compiler.submit(self._compile, quantized)
+        return self.programs[quantized]
+
+    def _compile(self, quantized: bool) -> jax.stages.Compiled:
+        model = self.model if quantized else self.plain_model
+        teacher_model, teacher = self.teacher or (None, None)
+        train_step = step_lib.make_train_step(self.config, model, self.optimizer, teacher_model)
         shape = (self.config.train.batch_size, self.config.train.length)
         sharding = parallel.batch_sharding(self.mesh)
         array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
@@ -152,7 +171,12 @@ class _Session:
         poison = jax.ShapeDtypeStruct((), np.float32)
         jitted = jax.jit(train_step, donate_argnums=0)
         return jitted.lower(
-            step_lib.abstract_state(self.config, self.model, self.optimizer), batch, poison
+            step_lib.abstract_state(self.config, self.model, self.optimizer),
+            batch,
+            poison,
+            jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), teacher
+            ),
         ).compile()
 
     def _restore(self, resume: str) -> step_lib.TrainState:
@@ -162,25 +186,43 @@ class _Session:
             return restored[1]
         if resume == "must":
             raise ConfigError(f"{self.workdir} has no good checkpoint, and --resume=must")
+        watch = step_lib.oscillation_reset(self.config)
         init = jax.jit(
-            lambda: step_lib.init_state(self.model, self.optimizer, self.config.seed),
+            lambda: step_lib.init_state(self.model, self.optimizer, self.config.seed, watch),
             out_shardings=parallel.replicated(self.mesh),
         )
+        if self.config.train.start_from:
+            return self._continued(init())
         return self._upcycled(init()) if self.config.upcycle.run else init()
+
+    def _continued(self, state: step_lib.TrainState) -> step_lib.TrainState:
+        """The first state, with the parameters and router state of another run of the same model."""
+        run = self.config.train.start_from
+        loaded = _load_other(run, self.dataset)
+        theirs = (loaded.state.params, loaded.state.router_state)
+        ours = (state.params, state.router_state)
+        if _shapes(theirs) != _shapes(ours):
+            raise ConfigError(
+                f"train.start_from={run!r} has a model of other shapes than this config"
+            )
+        params, router_state = jax.device_put(theirs, parallel.replicated(self.mesh))
+        return self._started_from("started_from", run, loaded, state, params, router_state)
+
+    def _started_from(self, event, run, loaded, state, params, router_state):
+        detail = {"run": run, "step": loaded.step, "digest": checkpoint.state_digest(loaded.state)}
+        self._event_later(event, 0, detail)
+        opt_state = self.optimizer.init(params)
+        return state._replace(params=params, opt_state=opt_state, router_state=router_state)
 
     def _upcycled(self, state: step_lib.TrainState) -> step_lib.TrainState:
         """The first state, with the parameters of a dense run."""
-        loaded = evaluate.load_run(self.config.upcycle.run)
-        if loaded.dataset.tokenizer.sha256 != self.dataset.tokenizer.sha256:
-            raise ConfigError(f"{self.config.upcycle.run} was trained with another tokenizer")
+        loaded = _load_other(self.config.upcycle.run, self.dataset)
         dense_model = model_lib.from_dataset(loaded.config, loaded.dataset)
         dense = jax.device_get(loaded.state.params)
         new = upcycle.params(self.config, self.model, state.params, dense_model, dense)
         new = jax.device_put(new, parallel.replicated(self.mesh))
-        digest = checkpoint.state_digest(loaded.state)
-        detail = {"run": self.config.upcycle.run, "step": loaded.step, "digest": digest}
-        self._event_later("upcycled", 0, detail)
-        return state._replace(params=new, opt_state=self.optimizer.init(new))
+        run, kept = self.config.upcycle.run, state.router_state
+        return self._started_from("upcycled", run, loaded, state, new, kept)
 
     def _open_journal(self) -> None:
         path = self.workdir / "metrics.jsonl"
@@ -207,15 +249,18 @@ class _Session:
     def train(self, progress: bool) -> int:
         """Runs the remaining steps; returns the exit code."""
         config, num_steps = self.config, self.config.train.num_steps
-        train_step = self.compiled.result() if self.first_step < num_steps else None
+        teacher = self.teacher[1] if self.teacher else None
         poisoned = _poisoned_steps()
+        if self.first_step < num_steps:
+            self._program(self.first_step + 1).result()  # outside of the measured time
         self.started = self.window_start = time.perf_counter()
         self.window_tokens = 0
         with TrainProgress(num_steps, progress) as bar, _stop_signals() as stop:
             for step in range(self.first_step + 1, num_steps + 1):
                 batch = self._place(self.batches[step - 1])
                 poison = np.float32("nan" if step in poisoned else 1.0)
-                self.state, report = train_step(self.state, batch, poison)
+                program = self._program(step).result()
+                self.state, report = program(self.state, batch, poison, teacher)
                 self._after_step(step, report, batch, bar)
                 if self.skipped_in_row >= config.train.max_nonfinite_steps:
                     return self._stop_nonfinite(step)
@@ -251,6 +296,7 @@ class _Session:
             "balance": {name: float(value) for name, value in report.balance.items()},
             "coefficient": {name: float(value) for name, value in report.coefficient.items()},
             "total_loss": float(report.total_loss),
+            **_quantization_record(config, report),
             "learning_rate": float(self.schedule(step - 1 - int(report.skipped))),
             "gradient_norm": float(report.gradient_norm),
             "tokens": step * config.train.batch_size * config.train.length,
@@ -311,6 +357,41 @@ class _Session:
         """Evaluates the last state, writes card and report, and returns the card."""
         self.checkpoints.wait()
         return record.conclude(self, config_file, overrides, command)
+
+
+def _quantization_record(config, report) -> dict[str, float]:
+    """What a train record says of distillation and oscillation, where the config has them."""
+    q, found = config.quantization, {}
+    if q.teacher:
+        found["divergence"] = float(report.divergence)
+    if q.flip_every and np.isfinite(report.flip_rate):
+        found["flip_rate"] = float(report.flip_rate)
+    if q.reset_every:
+        found["reset_weights"] = int(report.reset)
+    return found
+
+
+def _teacher(config, dataset, mesh) -> tuple[model_lib.Transformer, dict] | None:
+    """The high-precision model that is distilled, and its variables."""
+    run = config.quantization.teacher
+    if not run:
+        return None
+    loaded = _load_other(run, dataset)
+    model = model_lib.from_dataset(loaded.config, dataset, mesh)
+    variables = {"params": loaded.state.params, "router_state": loaded.state.router_state}
+    return model, jax.device_put(variables, parallel.replicated(mesh))
+
+
+def _load_other(run: str, dataset) -> evaluate.Loaded:
+    """Another run's last state, which must know the same tokens."""
+    loaded = evaluate.load_run(run)
+    if loaded.dataset.tokenizer.sha256 != dataset.tokenizer.sha256:
+        raise ConfigError(f"{run} was trained with another tokenizer")
+    return loaded
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
 
 
 def _poisoned_steps() -> set[int]:

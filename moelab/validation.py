@@ -62,6 +62,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         *_names(config),
         *_open_sets(config),
         *_upcycle(config),
+        *_quantization(config),
     ]
     sections = list(config)
     return sorted(problems, key=lambda problem: sections.index(problem.path.partition(".")[0]))
@@ -107,8 +108,8 @@ def _model(config: ml_collections.ConfigDict) -> Iterator[Problem]:
             "moe.num_dense_layers",
             f"must be at most model.num_layers={model.num_layers}, got {moe.num_dense_layers}",
         )
+    yield from _blocks(config)
     if moe.num_experts > 0:
-        yield from _blocks(config)
         yield from _sparse(config)
 
 
@@ -136,18 +137,31 @@ def _divisor(number: int, near: int) -> int:
 
 
 def _blocks(config: ml_collections.ConfigDict) -> Iterator[Problem]:
-    """Block-scaled formats share a scale among 32 (MX) or 16 (NVFP4) values along the summed axis."""
-    names = config.evaluation.precisions
-    block = 32 if any(n.startswith("mx") for n in names) else 16
-    evaluated = [name for name in names if name.startswith(("mx", "nvfp4"))]
-    if not evaluated:
-        return
-    for path in ("model.width", "moe.expert_width"):
+    """Block-scaled formats share a scale among 32 or 16 values along the summed axis; caches, along a head's."""
+    recipes = importlib.import_module("moelab.quant.recipes")
+    formats = importlib.import_module("pallas_kernels.formats").FORMATS
+    needed: dict[str, tuple[int, str]] = {}
+    for name in config.evaluation.precisions:
+        if name not in recipes.NAMES:
+            continue
+        recipe = recipes.get(name)
+        weights = [getattr(recipe, role) for role in recipes.EXPERT_ROLES]
+        experts = [f for w in weights for f in (w.weight, w.activation)]
+        uses = (
+            {"model.width": experts, "moe.expert_width": experts} if config.moe.num_experts else {}
+        )
+        uses["model.head_dim"] = [recipe.kv_cache.activation]
+        for path, used in uses.items():
+            specs = [formats[f] for f in used if f is not None]
+            block = max((s.block for s in specs if s.block and not s.partial), default=1)
+            if block > needed.get(path, (1, ""))[0]:
+                needed[path] = (block, name)
+    for path, (block, name) in needed.items():
         (width,) = _value(config, path)
         if width % block:
             yield Problem(
                 path,
-                f"must be divisible by {block} to evaluate {evaluated[0]}, got {width}; "
+                f"must be divisible by {block} to evaluate {name}, got {width}; "
                 f"set it to {-(-width // block) * block} or shorten evaluation.precisions",
             )
 
@@ -254,6 +268,11 @@ def _upcycle(config: ml_collections.ConfigDict) -> Iterator[Problem]:
     if config.upcycle.run:
         for path, message in importlib.import_module("moelab.upcycle").problems(config):
             yield Problem(path, message)
+
+
+def _quantization(config: ml_collections.ConfigDict) -> Iterator[Problem]:
+    for path, message in importlib.import_module("moelab.quant.config_check").problems(config):
+        yield Problem(path, message)
 
 
 def _unchecked(section: str, values, config: ml_collections.ConfigDict) -> Iterator[Problem]:

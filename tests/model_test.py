@@ -159,10 +159,10 @@ def test_untied_head_and_dense_model():
     config = make_config(model=dict(tied_head=False), moe=dict(num_experts=0))
     transformer = model.from_config(config, VOCAB)
     variables = model.init(transformer, jax.random.key(0))
-    assert model.head(variables["params"]) is variables["params"]["head"]
+    assert model.head(transformer, variables["params"]) is variables["params"]["head"]
     out = forward(transformer, variables, make_inputs())
     assert out.reports == ({},)
-    assert model.logits(variables["params"], out.hidden_BLD).shape == (4, 16, VOCAB)
+    assert model.logits(transformer, variables["params"], out.hidden_BLD).shape == (4, 16, VOCAB)
 
 
 def test_every_second_layer_is_sparse_and_scanned_as_one_pattern():
