@@ -9,7 +9,6 @@ from moelab import config as configs
 from moelab import model
 from moelab.quant import storage
 from pallas_kernels import formats
-
 from tests import tiny
 
 SECTIONS = {
