@@ -13,6 +13,7 @@ from pallas_kernels.formats.block_scaled import (
     quantize,
 )
 from pallas_kernels.formats.elements import E2M1, E4M3, E5M2, INT4, INT8, Element, Integer
+from pallas_kernels.formats.given_scales import nearest, quantize_with, scales_for
 from pallas_kernels.formats.hadamard import (
     block_hadamard,
     hadamard_matrix,
@@ -49,9 +50,12 @@ __all__ = [
     "inverse_block_hadamard",
     "mxfp4_to_nvfp4",
     "nbytes",
+    "nearest",
     "pack",
     "quantize",
+    "quantize_with",
     "random_signs",
+    "scales_for",
     "swizzle",
     "swizzle_groups",
     "swizzled_scales",
