@@ -373,6 +373,25 @@ class TestExport:
         assert group["input_activations"]["dynamic"] == "local"
         assert "lm_head" in quantization["ignore"]
 
+    def test_a_layer_in_high_precision_stays_plain(self, tmp_path):
+        # the two sparse layers in segments of their own: the first keeps its experts
+        _, _, variables, packed = packed_run.make(
+            "nvfp4", quantization=dict(recipe="nvfp4_qat", last_layers=1)
+        )
+        kept = dict(packed.quantized)
+        assert sorted(kept) == ["segment_1", "segment_2"]
+        del kept["segment_2"]
+        rest = packed.rest | {"segment_2": variables["params"]["segment_2"]}
+        packed = dataclasses.replace(packed, rest=rest, quantized=kept)
+        done = export.export(tmp_path / "e", packed, "nvfp4-pack-quantized")
+        found = exported(tmp_path / "e")
+        assert done["experts"] == 2 * EXPERTS
+        down = variables["params"]["segment_2"]["block_0"]["moe"]["experts"]["down"][0, 3]
+        wanted = np.asarray(down).astype(ml_dtypes.bfloat16)
+        weight = found["model.layers.2.mlp.experts.3.down_proj.weight"]
+        assert weight.tobytes() == wanted.tobytes()
+        assert "model.layers.1.mlp.experts.3.down_proj.weight_packed" in found
+
     def test_index_lists_every_tensor(self, tmp_path, nvfp4):
         export.export(tmp_path / "e", nvfp4[3], "nvfp4-pack-quantized")
         index = json.loads((tmp_path / "e" / export.INDEX).read_text())

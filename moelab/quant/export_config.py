@@ -13,7 +13,7 @@ import moelab
 from moelab import model as model_lib
 from moelab.errors import ConfigError
 from moelab.quant import storage
-from moelab.quant.export_tensors import E4M3
+from moelab.quant.export_tensors import BFLOAT16, E4M3
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -96,7 +96,7 @@ def describe(
         "rope_theta": m.rope_base,
         "tie_word_embeddings": m.tied_head,
         "embedding_multiplier": m.width**0.5,
-        "quantization_config": quantization(config, layout, activations),
+        "quantization_config": quantization(config, layout, activations, tensors),
         "moelab": {"version": moelab.__version__} | _origin(packed.facts),
     }
 
@@ -107,7 +107,9 @@ def _origin(facts: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"order_of_operations": storage.ORDER_OF_OPERATIONS}
 
 
-def quantization(config, layout: str, activations: bool) -> dict[str, Any]:
+def quantization(
+    config, layout: str, activations: bool, tensors: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
     """Returns `quantization_config`: one group of all Linear layers, and which of them are left alone."""
     spec = LAYOUTS[layout]
     inputs = spec.arguments | spec.activation_arguments if activations else None
@@ -122,6 +124,8 @@ def quantization(config, layout: str, activations: bool) -> dict[str, Any]:
     dense = [i for i in range(config.model.num_layers) if i not in sparse]
     ignore = ["lm_head", r"re:.*self_attn\..*", r"re:.*mlp\.gate$", r"re:.*mlp\.shared_experts\..*"]
     ignore += [rf"re:model\.layers\.{i}\.mlp\.(gate|up|down)_proj$" for i in dense]
+    plain = [i for i in sparse if f"model.layers.{i}.mlp.experts.0.gate_proj.weight" in tensors]
+    ignore += [rf"re:model\.layers\.{i}\.mlp\.experts\..*" for i in plain]
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
@@ -139,6 +143,7 @@ def check_experts(described: Mapping[str, Any], found: Mapping[str, np.ndarray],
         a Linear without packed weights that `ignore` does not name.
     """
     group = described["quantization_config"]["config_groups"]["group_0"]
+    ignore = described["quantization_config"]["ignore"]
     layout = LAYOUTS[described["quantization_config"]["format"]]
     width, hidden = described["hidden_size"], described["moe_intermediate_size"]
     shapes = {
@@ -154,11 +159,13 @@ def check_experts(described: Mapping[str, Any], found: Mapping[str, np.ndarray],
             prefix = f"model.layers.{index}.mlp.experts.{e}"
             for name in _PROJECTIONS:
                 wanted = _wanted(layout, shapes[name], group["input_activations"] is not None)
+                if _is_ignored(f"{prefix}.{name}", ignore):
+                    wanted = {"weight": (shapes[name], BFLOAT16)}
                 for leaf, (shape, dtype) in wanted.items():
                     _check_tensor(found, f"{prefix}.{name}.{leaf}", shape, dtype, where)
             _check_pair(found, prefix, where)
             count += 1
-    _check_ignored(described["quantization_config"]["ignore"], found, where)
+    _check_ignored(ignore, found, where)
     return count
 
 
@@ -209,10 +216,14 @@ def _check_ignored(ignore: list[str], found: Mapping, where: str) -> None:
         linear = leaf in ("weight", "weight_packed") and array.ndim == 2
         if not linear or module == "model.embed_tokens":
             continue
-        ignored = any(
-            re.match(entry[3:], module) if entry.startswith("re:") else entry == module
-            for entry in ignore
-        )
+        ignored = _is_ignored(module, ignore)
         if ignored != (leaf == "weight"):
             what = "is ignored but packed" if ignored else "is not packed and not ignored"
             raise ConfigError(f"{where}: {module} {what}")
+
+
+def _is_ignored(module: str, ignore: list[str]) -> bool:
+    return any(
+        bool(re.match(entry[3:], module)) if entry.startswith("re:") else entry == module
+        for entry in ignore
+    )

@@ -122,13 +122,27 @@ def _sparse(layer: Layer, prefix: str, input_amax) -> dict[str, np.ndarray]:
         found[f"{prefix}.gate.e_score_correction_bias"] = bias_C
     if "shared" in moe:
         found |= _feed_forward(moe["shared"], f"{prefix}.shared_experts", layer.index)
-    if not layer.quantized:
-        raise ConfigError(f"layer {layer.index}: its experts are not packed")
+    if "experts" in moe:
+        return found | _plain_experts(layer, f"{prefix}.experts")
     experts = layer.quantized["moe"]["experts"]
     for e in range(experts["gate_up"].codes.shape[0]):
         for name, matrix, amax in _matrices(layer.index, e, experts, input_amax):
             linear = f"{prefix}.experts.{e}.{name}"
             found |= {f"{linear}.{leaf}": x for leaf, x in _linear(matrix, amax).items()}
+    return found
+
+
+def _plain_experts(layer: Layer, prefix: str) -> dict[str, np.ndarray]:
+    """The experts of a layer that stays in high precision."""
+    experts, found = layer.params["moe"]["experts"], {}
+    for role in ("gate_up", "down"):
+        if role not in experts:
+            raise ConfigError(
+                f"layer {layer.index}: {role} is packed and the rest of its experts is not"
+            )
+    for e in range(experts["gate_up"].shape[0]):
+        weights = {role: matrices[e] for role, matrices in experts.items()}
+        found |= _feed_forward(weights, f"{prefix}.{e}", layer.index)
     return found
 
 
