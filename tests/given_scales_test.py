@@ -128,7 +128,7 @@ def test_what_is_not_finite_is_nan_in_its_whole_block_or_tile(name):
     like = formats.quantize(STACK, name)
     found = formats.dequantize(formats.quantize_with(jnp.asarray(BROKEN), like))
     want = formats.dequantize(formats.quantize(BROKEN, name))
-    assert np.isnan(np.asarray(want)).sum() > 1000
+    assert np.isnan(np.asarray(want)).sum() >= 48 * 16
     np.testing.assert_array_equal(np.isnan(found), np.isnan(want))
 
 
