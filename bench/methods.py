@@ -12,20 +12,18 @@ says so. Entries of seeds whose run directory is not here stay as they are.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-import os
-import queue
 import shutil
 import statistics
-import subprocess
 import sys
-from concurrent import futures
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import batch  # noqa: E402
 import numpy as np  # noqa: E402
 
 from moelab import config as configs  # noqa: E402
@@ -57,42 +55,22 @@ def directory(workdir: Path, method: str, seed: int) -> Path:
 def run(options) -> int:
     """Trains whatever is not finished; returns the number of failures."""
     waiting = [
-        (method, seed)
+        [functools.partial(_train, options.workdir, method, seed)]
         for seed in options.seeds
         for method in options.only or methods()
         if not (directory(options.workdir, method, seed) / "result.json").is_file()
     ]
-    cores = queue.SimpleQueue()
-    available = sorted(os.sched_getaffinity(0))
-    for job in range(options.jobs):
-        cores.put(available[job :: options.jobs] or available)
-
-    def train(task: tuple[str, int]) -> bool:
-        mine = cores.get()
-        try:
-            return _train(options.workdir, *task, mine)
-        finally:
-            cores.put(mine)
-
-    with futures.ThreadPoolExecutor(options.jobs) as pool:
-        return sum(not good for good in pool.map(train, waiting))
+    return batch.run_chains(waiting, options.jobs)
 
 
 def _train(workdir: Path, method: str, seed: int, cores: list[int]) -> bool:
-    """Runs one method on some cores; returns whether it finished. Its checkpoints go: nothing reads them."""
+    """Runs one method; returns whether it finished. Its checkpoints go: nothing reads them."""
     print(f"{method}, seed {seed}", flush=True)
     target = directory(workdir, method, seed)
-    command = [sys.executable, "-m", "moelab", "run"]
-    command += [f"--config={ROOT / 'experiments' / method}.py"]
-    command += [f"--workdir={target}", f"--config.seed={seed}"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
+    words = [f"--config=experiments/{method}.py", f"--workdir={target}", f"--config.seed={seed}"]
+    good = batch.moelab("run", *words, cores=cores)
     shutil.rmtree(target / "checkpoints", ignore_errors=True)
-    return done.returncode == 0
+    return good
 
 
 def summary(target: Path, seed: int) -> dict:
@@ -266,6 +244,7 @@ def main() -> int:
             command.add_argument("--jobs", type=int, default=1)
             command.add_argument("--only", action="append", metavar="FOLDER/NAME")
     options = parser.parse_args()
+    options.workdir = options.workdir.absolute()
     return options.function(options)
 
 

@@ -2,9 +2,9 @@
 
     python bench/quantized_step.py [--json] [--repeats 7] [--recipe nvfp4_qat ...]
 
-OLMoE-shaped at (E, k) = (16, 2), as bench/step.py. Every repeat runs one step of each recipe in turn; a ratio is the median
-over repeats of the ratios within a repeat. Bars: 1.8 for quantization-aware training of weights and activations, 3 for
-training with quantized gradients.
+OLMoE-shaped at (E, k) = (16, 2), as bench/step.py. Every repeat runs one step of each recipe in turn; a ratio is the
+median over repeats of the ratios within a repeat. Bars: 1.8 for quantization-aware training of weights and
+activations, 3 for training with quantized gradients.
 """
 
 from __future__ import annotations
