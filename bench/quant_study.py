@@ -34,7 +34,7 @@ def chain(workdir: Path, model: str, seed: int) -> list:
     """The tasks of one model and seed, in order."""
     return [
         functools.partial(_train, workdir, model, method, seed)
-        for method in ("", *CONTINUED, *FROM_NOTHING)
+        for method in ("", *FROM_NOTHING, *CONTINUED)
     ]
 
 

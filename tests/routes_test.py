@@ -262,7 +262,10 @@ class TestCommands:
 
     def test_errors_are_one_line(self, moelab_main, run, files, tmp_path):
         for words, meant in (
-            (("record", run, "--precision=nvfp4_v"), "did you mean --precision=nvfp4_kv or --precision=nvfp4_w"),
+            (
+                ("record", run, "--precision=nvfp4_v"),
+                "did you mean --precision=nvfp4_kv or --precision=nvfp4_w",
+            ),
             (("record", run, "--step=3"), "no step 3"),
             (("record", run, "--out=x.txt"), "--out: wants FILE.npz"),
             (("show", run / "result.json"), "not an .npz file"),
