@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without keeping the logits.
+"""Cross-entropy and divergence over a large vocabulary without keeping the logits.
 
 T tokens, D model width, V vocabulary, C tokens per chunk.
 """
@@ -116,3 +116,120 @@ def sharded_cross_entropy(
     run = parallel.shard_tokens(local, mesh, (True, True, True, False))
     loss_devices, nats_T = run(hidden_TD, target_T, weight_T, head_VD)
     return jnp.sum(loss_devices), nats_T
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def divergence(
+    hidden_TD: jax.Array,
+    head_VD: jax.Array,
+    teacher_hidden_TD: jax.Array,
+    teacher_head_VD: jax.Array,
+    weight_T: jax.Array,
+    chunk: int,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums weight * KL(teacher || student) of the next token's distribution over tokens, chunk by chunk.
+
+        KL = tau^2 sum_v p_v (log p_v - log q_v),  p = softmax(teacher logits / tau),  q = softmax(student logits / tau)
+
+    Args:
+      hidden_TD: (T, D) of the student; the dtype of its matmul, sums are float32.
+      head_VD: (V, D) float32 of the student.
+      teacher_hidden_TD, teacher_head_VD: (T, D') and (V, D') of the teacher; constants: they get no gradient.
+      weight_T: (T,) float32; a constant.
+      chunk: as in `cross_entropy`.
+      temperature: tau.
+
+    Returns:
+      The weighted sum in nats, a float32 scalar, and the nats of every token, (T,) float32, without gradient.
+
+    Reference: arXiv:1503.02531 (temperature and its square), arXiv:2601.20088 (quantization-aware distillation).
+    """
+    operands = (hidden_TD, head_VD, teacher_hidden_TD, teacher_head_VD, weight_T)
+    total, nats_T, _, _ = _run_divergence(*operands, chunk, temperature, gradient=False)
+    return total, nats_T
+
+
+def _run_divergence(
+    hidden_TD, head_VD, teacher_hidden_TD, teacher_head_VD, weight_T, chunk, tau, gradient
+):
+    """Returns the sum, the nats and, where wanted, the gradients to the student's hidden and head."""
+    num_tokens, width = hidden_TD.shape
+    chunk = chunk if chunk and num_tokens % chunk == 0 else num_tokens
+    cast_VD = head_VD.astype(hidden_TD.dtype)
+
+    def log_probabilities(h_CD, w_VD):
+        logit_CV = jax.lax.dot_general(
+            h_CD,
+            w_VD.astype(h_CD.dtype),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        return jax.nn.log_softmax(logit_CV / tau, axis=-1)
+
+    def body(d_head_VD, part):
+        h_CD, teacher_CD, weight_C = part
+        log_q_CV = log_probabilities(h_CD, cast_VD)
+        log_p_CV = log_probabilities(teacher_CD, teacher_head_VD)
+        p_CV = jnp.exp(log_p_CV)
+        nats_C = tau * tau * jnp.sum(p_CV * (log_p_CV - log_q_CV), axis=-1)
+        if not gradient:
+            return d_head_VD, (nats_C, h_CD)
+        d_logit_CV = (jnp.exp(log_q_CV) - p_CV) * (tau * weight_C)[:, None]
+        # Tokens of no weight may hold anything: 0 * NaN is NaN.
+        d_logit_CV = jnp.where(weight_C[:, None] > 0, d_logit_CV, 0).astype(h_CD.dtype)
+        d_head_VD += jax.lax.dot_general(
+            d_logit_CV, h_CD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return d_head_VD, (nats_C, d_logit_CV @ cast_VD)
+
+    parts = (
+        hidden_TD.reshape(-1, chunk, width),
+        teacher_hidden_TD.reshape(-1, chunk, teacher_hidden_TD.shape[1]),
+        weight_T.reshape(-1, chunk),
+    )
+    start = jnp.zeros(head_VD.shape if gradient else (), jnp.float32)
+    start = parallel.vary_like(start, hidden_TD)
+    d_head_VD, (nats, d_hidden) = jax.lax.scan(body, start, parts)
+    nats_T = nats.reshape(-1)
+    total = jnp.sum(jnp.where(weight_T > 0, nats_T * weight_T, 0))
+    return total, nats_T, d_hidden.reshape(num_tokens, width), d_head_VD
+
+
+def _forward_divergence(*operands_and_options):
+    total, nats_T, d_hidden_TD, d_head_VD = _run_divergence(*operands_and_options, gradient=True)
+    return (total, nats_T), (d_hidden_TD, d_head_VD)
+
+
+def _backward_divergence(chunk, temperature, gradients, cotangents):
+    del chunk, temperature
+    d_hidden_TD, d_head_VD = gradients
+    scale = cotangents[0]
+    return d_hidden_TD * scale.astype(d_hidden_TD.dtype), d_head_VD * scale, None, None, None
+
+
+divergence.defvjp(_forward_divergence, _backward_divergence)
+
+
+def sharded_kl(
+    hidden_TD: jax.Array,
+    head_VD: jax.Array,
+    teacher_hidden_TD: jax.Array,
+    teacher_head_VD: jax.Array,
+    weight_T: jax.Array,
+    *,
+    chunk: int,
+    mesh: jax.sharding.Mesh,
+    temperature: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs `divergence` on each device's tokens; arguments and returns are those, over all devices."""
+
+    def local(hidden_TD, teacher_TD, weight_T, head_VD, teacher_VD):
+        head_VD, teacher_VD = (parallel.vary_like(w, hidden_TD) for w in (head_VD, teacher_VD))
+        operands = (hidden_TD, head_VD, teacher_TD, teacher_VD, weight_T)
+        total, nats_T = divergence(*operands, chunk, temperature)
+        return total[None], nats_T
+
+    run = parallel.shard_tokens(local, mesh, (True, True, True, False, False))
+    total_devices, nats_T = run(hidden_TD, teacher_hidden_TD, weight_T, head_VD, teacher_head_VD)
+    return jnp.sum(total_devices), nats_T

@@ -13,7 +13,7 @@ import optax
 
 from moelab import loss, moe, parallel
 from moelab import model as model_lib
-from moelab.quant import packing
+from moelab.quant import oscillation, packing
 
 
 class TrainState(NamedTuple):
@@ -113,8 +113,6 @@ def oscillation_reset(config) -> oscillation.Reset | None:
     q = config.quantization
     if not q.reset_every:
         return None
-    from moelab.quant import oscillation
-
     recipe = model_lib.training_recipe(config)
     return oscillation.Reset(
         every=q.reset_every,
@@ -282,8 +280,6 @@ def _flip_rate(config, state: TrainState, params: Any) -> jax.Array:
     nothing = jnp.full((), jnp.nan, jnp.float32)
     if not every:
         return nothing
-    from moelab.quant import oscillation
-
     trees = [packing.expert_weights(p) for p in (state.params, params)]
     return jax.lax.cond(
         (state.step + 1) % every == 0,
