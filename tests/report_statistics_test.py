@@ -159,3 +159,47 @@ def test_numbers_are_written_honestly():
     assert formatting.percent(1.0) == "100.0 %"
     assert formatting.size(999) == "999 B" and formatting.size(1_671_168) == "1.67 MB"
     assert formatting.duration(3600) == "1 h 0 min"
+
+
+class TestSeedsThenDocuments:
+    def runs(self, shifts, noise=1.0, count=40):
+        """Runs whose every document costs a shift more under q than under f, with some noise."""
+        rng = np.random.default_rng(0)
+        domain_D = np.repeat(["a", "b"], count // 2)
+        made = []
+        for shift in shifts:
+            base = rng.normal(100, 10, count)
+            nats = {"f": base, "q": base + shift + noise * rng.normal(size=count)}
+            names = np.array([str(i) for i in range(count)])
+            ones = np.full(count, 10)
+            made.append(documents.Documents(domain_D, names, ones, ones, nats))
+        return made
+
+    def test_the_estimate_is_the_mean_over_runs(self):
+        runs = self.runs([1.0, 2.0, 6.0], noise=0)
+        found = statistics.seeds_then_documents(runs, "f", "q", resamples=200)
+        # (1 + 2 + 6) / 3 nats per document of 10 bytes, in bits: 3 / (10 ln 2).
+        np.testing.assert_allclose(found.estimate, 3 / (10 * np.log(2)), rtol=1e-12)
+
+    def test_the_spread_between_runs_widens_it(self):
+        alike = statistics.seeds_then_documents(self.runs([2.0, 2.0, 2.0]), "f", "q", resamples=500)
+        apart = statistics.seeds_then_documents(self.runs([0.0, 2.0, 4.0]), "f", "q", resamples=500)
+        assert apart.high - apart.low > 5 * (alike.high - alike.low)
+
+    def test_one_run_is_a_bootstrap_over_documents(self):
+        (run,) = self.runs([2.0])
+        two_stage = statistics.seeds_then_documents([run], "f", "q")
+        one_stage = statistics.bits_per_byte_difference(run, "f", "q")
+        np.testing.assert_allclose(two_stage, one_stage, rtol=0.02)
+
+    def test_the_same_numbers_every_time(self):
+        runs = self.runs([1.0, 2.0])
+        assert statistics.seeds_then_documents(runs, "f", "q", resamples=99) == (
+            statistics.seeds_then_documents(runs, "f", "q", resamples=99)
+        )
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="at least one run"):
+            statistics.seeds_then_documents([], "f", "q")
+        with pytest.raises(ValueError, match="no precision 'z'"):
+            statistics.seeds_then_documents(self.runs([1.0]), "f", "z")
