@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 
+from moelab import config as configs
 from moelab.errors import ConfigError
 from moelab.quant import export, export_tensors, storage, tensor_file
 from pallas_kernels import formats
@@ -471,12 +472,12 @@ class TestRefusals:
         self.refuses(tmp_path, packed, "method hadamard_gptq rotates the rows")
 
     def test_an_input_factor(self, tmp_path, nvfp4):
-        packed = packed_run.with_experts(nvfp4[3], input_scale_D=jnp.ones((2, WIDTH)))
+        packed = packed_run.with_experts(nvfp4[3], input_scale=jnp.ones((2, WIDTH)))
         self.refuses(tmp_path, packed, "multiplies the rows .* by a factor per channel")
 
     def test_another_format(self, tmp_path, nvfp4, mxfp4):
         self.refuses(tmp_path, nvfp4[3], "mxfp4-pack-quantized holds mxfp4", "mxfp4-pack-quantized")
-        self.refuses(tmp_path, mxfp4[3], "nvfp4-pack-quantized holds nvfp4, .* is mxfp4")
+        self.refuses(tmp_path, mxfp4[3], "nvfp4-pack-quantized holds nvfp4, .* are mxfp4")
 
     def test_an_unknown_layout(self, tmp_path, nvfp4):
         self.refuses(tmp_path, nvfp4[3], "no layout 'gguf'; there are nvfp4-pack-", "gguf")
@@ -495,8 +496,14 @@ class TestRefusals:
         ],
     )
     def test_what_a_checkpoint_cannot_say(self, tmp_path, nvfp4, section, field, value):
-        config = json.loads(json.dumps(nvfp4[3].facts["config"]))
-        config[section][field] = value
+        changed = configs.from_dict(nvfp4[3].facts["config"])
+        sections = {section: {field: value}}
+        if field == "kind":  # the router's other fields go with its kind
+            changed = configs.from_dict(tiny.OVERRIDES | sections)
+        else:
+            with changed.unlocked():
+                changed[section][field] = value
+        config = json.loads(configs.canonical(changed))
         packed = dataclasses.replace(nvfp4[3], facts=nvfp4[3].facts | {"config": config})
         self.refuses(tmp_path, packed, f"{section}.{field}={value}")
 

@@ -23,6 +23,7 @@ examples:
   moelab generate --workdir=runs/demo --prompt="Once"   let the trained model write
   moelab report runs/a runs/b --out=report.html         compare finished runs
   moelab routes record runs/demo                        which experts do the tokens go to?
+  moelab quantize --workdir=runs/demo --out=packed      4-bit experts, stored and compared
 
 exit codes: 0 done, 2 your error, 1 crash, 3 non-finite losses, 75 pre-empted (run again to resume)
 'moelab COMMAND --help' explains one command.
@@ -72,6 +73,7 @@ def build() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", prog="moelab")
     _running(commands)
     _results(commands)
+    _quantize(commands)
     _routes(_group(commands, "routes", "record, replay, compare and place routes of tokens"))
     config = _group(commands, "config", "show, compare and list configs")
     _config(config)
@@ -130,6 +132,55 @@ def _results(commands) -> None:
     )
     verify = _add(commands, "verify", "results:verify", "check a run's card against its files")
     verify.add_argument("run", metavar="RUN", help="run directory")
+
+
+def _quantize(commands) -> None:
+    text = "pack a run's experts in 4 bits, store and export them, compare with the run"
+    quantize = _add(commands, "quantize", "quantize:quantize", text)
+    _takes_workdir(quantize)
+    for name, default, meaning in (
+        ("out", "", "folder to write to; new or empty"),
+        ("format", "nvfp4", "of the experts' weights (nvfp4)"),
+        ("rule", "", "how block scales are rounded (the format's own)"),
+        ("method", "rtn", "how weights are rounded: rtn, gptq, awq, ... (rtn)"),
+        ("export", "", "also write a checkpoint: nvfp4-pack-quantized or mxfp4-pack-quantized"),
+    ):
+        quantize.add_argument(f"--{name}", metavar="NAME", default=default, help=meaning)
+    quantize.add_argument(
+        "--recipe",
+        type=_names,
+        default=("w4a16",),
+        metavar="A,B",
+        help="what computes in 4 bits, each a row: w4a16, w4a8, w4a4; the first is exported (w4a16)",
+    )
+    quantize.add_argument(
+        "--method_field",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of the method; repeat for more",
+    )
+    for name, choices, meaning in (
+        ("activation_scale", ("per_token", "static"), "of NVFP4 activations under w4a4"),
+        ("rest", ("float32", "bfloat16"), "dtype of what is not packed"),
+        ("split", ("test", "validation"), "which documents the comparison is about"),
+        ("fallback", ("siblings", "all_tokens"), "statistics of experts with too few tokens"),
+    ):
+        quantize.add_argument(
+            f"--{name}", choices=choices, default=choices[0], help=f"{meaning} ({choices[0]})"
+        )
+    for name, default, meaning in (
+        ("calibration_tokens", 65536, "tokens of the training split to calibrate on"),
+        ("min_tokens", 64, "fewest tokens of an expert for statistics of its own"),
+    ):
+        quantize.add_argument(
+            f"--{name}", type=_positive, default=default, metavar="N", help=f"{meaning} ({default})"
+        )
+    quantize.add_argument(
+        "--gate_weighted",
+        action="store_true",
+        help="weigh calibration rows by the router's weights",
+    )
 
 
 def _routes(routes) -> None:

@@ -90,36 +90,36 @@ def tensors_of(config, packed: storage.PackedRun, input_amax=None) -> dict[str, 
 
 def check(packed: storage.PackedRun, layout: str) -> None:
     """Raises ConfigError unless the layout can say what the packed run computes."""
-    if layout not in LAYOUTS:
-        raise ConfigError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
-    facts, config = packed.facts, packed.facts["config"]
-    for path, spec in storage.blocks(packed.quantized).items():
-        if spec["format"] not in LAYOUTS[layout].formats:
-            allowed = ", ".join(LAYOUTS[layout].formats)
-            raise ConfigError(f"{layout} holds {allowed}; {path} is {spec['format']}")
+    facts = packed.facts
+    for spec in storage.blocks(packed.quantized).values():
+        check_model(configs.from_dict(facts["config"]), layout, spec["format"])
     if facts.get("rotation"):
         raise ConfigError(
             f"method {facts['method']['kind']} rotates the rows that enter the experts (blocks of "
             f"{facts['rotation']}); {layout} has no place for that"
         )
-    scaled = [path for path in storage.paths(packed.quantized) if path.endswith("input_scale_D")]
+    scaled = [path for path in storage.paths(packed.quantized) if path.endswith("/input_scale")]
     if scaled:
         raise ConfigError(
             f"method {facts['method']['kind']} multiplies the rows that enter the experts by a factor per channel "
             f"({scaled[0]}); folding it into the norm before them would round the router's weights anew, so it is not "
             "exported"
         )
-    _check_model(config)
 
 
-def _check_model(config: Mapping[str, Any]) -> None:
-    kind = config["router"]["kind"]
-    if kind not in ROUTERS:
-        known = ", ".join(ROUTERS)
+def check_model(config, layout: str, format: str) -> None:
+    """Raises ConfigError unless the layout has a place for a run's router and for its experts' format."""
+    if layout not in LAYOUTS:
+        raise ConfigError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    if format not in LAYOUTS[layout].formats:
+        allowed = ", ".join(LAYOUTS[layout].formats)
+        raise ConfigError(f"{layout} holds {allowed}; the experts are {format}")
+    if config.router.kind not in ROUTERS:
+        known, kind = ", ".join(ROUTERS), config.router.kind
         raise ConfigError(f"a checkpoint has no place for router.kind={kind}; only for {known}")
     for field in ("capacity_factor", "slots_per_expert"):
-        if config["moe"][field]:
-            raise ConfigError(f"a checkpoint cannot say moe.{field}={config['moe'][field]}")
+        if config.moe[field]:
+            raise ConfigError(f"a checkpoint cannot say moe.{field}={config.moe[field]}")
 
 
 def validate_export(

@@ -163,7 +163,7 @@ def _matrices(index: int, expert: int, experts: Mapping[str, Any], input_amax) -
     for role, names in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
         matrix = jax.tree.map(lambda leaf: leaf[expert], experts[role])
         _check_scales(matrix, f"{where}, {role}")
-        amax = None if input_amax is None else _input_amax(input_amax, index, expert, role)
+        amax = None if input_amax is None else calibrated_amax(input_amax, index, expert, role)
         rows = matrix.codes.shape[0] // len(names)
         for part, name in enumerate(names):
             yield name, _rows(matrix, slice(part * rows, (part + 1) * rows)), amax
@@ -190,7 +190,10 @@ def _check_scales(matrix: formats.BlockScaled, where: str) -> None:
         raise ConfigError(f"{where}: the global scale is {amax[0]}")
 
 
-def _input_amax(input_amax: Mapping, index: int, expert: int, role: str) -> np.float32:
+def calibrated_amax(
+    input_amax: Mapping[int, Mapping], index: int, expert: int, role: str
+) -> np.float32:
+    """Returns the calibrated maximum of an expert's rows, or raises ConfigError if there is none."""
     amax_E = input_amax.get(index, {}).get(role)
     amax = np.float32(np.nan if amax_E is None else amax_E[expert])
     if not (np.isfinite(amax) and amax > 0):

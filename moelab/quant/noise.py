@@ -35,8 +35,8 @@ def weights(
     """Compares the experts' weights with the values that the packed ones stand for.
 
     SQNR = 10 log10(sum w^2 / sum (w - q)^2) in dB. An input factor and a rotation are undone in q. What a method moves
-    from one matrix into another without changing the function (AWQ and SmoothQuant do, between down and up) counts as
-    error here; the SQNR of the layers' outputs does not see it.
+    from one matrix into another without changing the function (AWQ and SmoothQuant do, between down and up) would count
+    as error here: see `reported_weights`.
 
     Args:
       params: float32 parameters.
@@ -49,8 +49,42 @@ def weights(
     sums = []
     for plain, packed in zip(experts_of(params), experts_of(params, quantized), strict=True):
         sums.append(_matrix_sums(plain, packed, rotation))
+    return _ratios(sums)
+
+
+def reported_weights(
+    params: Mapping[str, Any], quantized: Mapping[str, Any], report: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what `weights` does, for gate_up and down, from the relative errors that a method reported.
+
+    Args:
+      params, quantized: as in `weights`.
+      report: of ptq.quantize_params: per layer and matrix weight_error, |q - w|^2 / |w|^2 of each expert.
+    """
+    layers = zip(
+        experts_of(params), experts_of(params, quantized), report["layers"].values(), strict=True
+    )
+    sums = [
+        {
+            name: _reported_sums(plain[name], packed[name], found[name])
+            for name in ("gate_up", "down")
+        }
+        for plain, packed, found in layers
+    ]
+    return _ratios(sums)
+
+
+def _reported_sums(plain: Any, packed: Any, found: Mapping) -> tuple[float, float] | None:
+    if not isinstance(packed, formats.BlockScaled):
+        return None
+    signal_E = (np.asarray(plain, np.float64) ** 2).sum((1, 2))
+    return float(signal_E.sum()), float((signal_E * np.asarray(found["weight_error"])).sum())
+
+
+def _ratios(sums: list[dict[str, tuple[float, float] | None]]) -> dict[str, Any]:
+    """SQNR per layer and over all layers, by matrix."""
     result = {}
-    for name in MATRICES:
+    for name in sums[0]:
         pairs = [found[name] for found in sums]
         known = [pair for pair in pairs if pair is not None]
         total = np.sum(known, axis=0) if known else (math.nan, math.nan)

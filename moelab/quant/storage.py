@@ -45,7 +45,7 @@ class PackedRun:
     Attributes:
       rest: the other parameters, nested.
       quantized: BlockScaled values at the experts' paths, and where the method made one the float32 factor
-        "input_scale_D" of the rows that enter them: the collection `quantized`.
+        "input_scale" of the rows that enter them: the collection `quantized`.
       router_state: states of the balancing mechanisms.
       facts: plain values: where the run comes from and how it was quantized (`quantized.json`).
     """
@@ -162,7 +162,7 @@ def count(arrays: Mapping[str, np.ndarray], quantized_weights: int) -> dict[str,
 _ROLES = {
     "gate_up": "expert_gate_up",
     "down": "expert_down",
-    "input_scale_D": "expert_input_scale",
+    "input_scale": "expert_input_scale",
     "attention": "attention",
     "shared": "shared",
     "dense": "dense",
