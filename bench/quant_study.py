@@ -3,14 +3,17 @@
     python bench/quant_study.py run [--seeds 0 1 2] [--jobs 1] [--workdir runs/quant]
     python bench/quant_study.py collect [--workdir runs/quant]
 
-A chain per model and seed: the high-precision run, the post-training methods on it, then what goes on from it. Skips
-what is finished.
+A chain per model and seed: the high-precision run, post-training quantization of it by every method, then what goes on
+from it and what trains from nothing. `run` skips what is finished. `collect` writes experiments/baselines/quant.json,
+the tables and experiments/quant.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +26,16 @@ CONFIG = "experiments/quant/study.py"
 MODELS = ("moe", "dense")
 FROM_NOTHING = ("nvfp4_training", "fp8_block")
 CONTINUED = ("more", "nvfp4_qat", "mxfp4_qat", "nvfp4_qad", "mxfp4_qad")
+# name -> (method, fields)
+METHODS = {
+    "rtn_search": ("rtn", ("search=mse",)),
+    "gptq": ("gptq", ()),
+    "awq": ("awq", ()),
+    "smoothquant": ("smoothquant", ()),
+    "hadamard_gptq": ("hadamard_gptq", ()),
+}
+FORMATS = ("nvfp4", "mxfp4")
+SCHEMES = ("w4a16", "w4a4")
 
 
 def directory(workdir: Path, model: str, method: str, seed: int) -> Path:
@@ -30,11 +43,19 @@ def directory(workdir: Path, model: str, method: str, seed: int) -> Path:
     return workdir / f"{model}{'_' if method else ''}{method}-s{seed}"
 
 
+def post_training(workdir: Path, model: str, method: str, format: str, seed: int) -> Path:
+    """Where the result of a post-training method lies."""
+    return workdir / f"{model}_ptq_{method}_{format}-s{seed}"
+
+
 def chain(workdir: Path, model: str, seed: int) -> list:
     """The tasks of one model and seed, in order."""
+    train = functools.partial(_train, workdir, model)
+    quantize = functools.partial(_quantize, workdir, model)
     return [
-        functools.partial(_train, workdir, model, method, seed)
-        for method in ("", *FROM_NOTHING, *CONTINUED)
+        functools.partial(train, "", seed),
+        *(functools.partial(quantize, m, f, seed) for m in METHODS for f in FORMATS),
+        *(functools.partial(train, method, seed) for method in (*FROM_NOTHING, *CONTINUED)),
     ]
 
 
@@ -52,17 +73,49 @@ def _train(workdir: Path, model: str, method: str, seed: int, cores: list[int]) 
     return batch.moelab("run", *words, cores=cores)
 
 
+def _quantize(
+    workdir: Path, model: str, method: str, format: str, seed: int, cores: list[int]
+) -> bool:
+    target = post_training(workdir, model, method, format, seed)
+    if (target / "quality.json").is_file():
+        return True
+    print(f"{model} {method} {format}, seed {seed}", flush=True)
+    shutil.rmtree(target, ignore_errors=True)
+    kind, fields = METHODS[method]
+    words = [f"--workdir={directory(workdir, model, '', seed)}", f"--out={target}"]
+    words += [f"--recipe={','.join(SCHEMES)}", f"--format={format}", f"--method={kind}"]
+    words += [f"--method_field={field}" for field in fields]
+    good = batch.moelab("quantize", *words, cores=cores)
+    for file in target.glob("*.safetensors"):
+        file.unlink()
+    return good
+
+
 def run(options) -> int:
     """Trains whatever is not finished; returns the number of chains that failed."""
     chains = [chain(options.workdir, m, s) for s in options.seeds for m in MODELS]
     return batch.run_chains(chains, options.jobs)
 
 
+def collect(options) -> int:
+    """Writes the numbers, the tables and the picture."""
+    import quant_tables
+
+    found = quant_tables.gather(options.workdir)
+    target = ROOT / "experiments" / "baselines" / "quant.json"
+    target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    batch.replace_generated(
+        ROOT / "experiments" / "README.md", "quant_study", quant_tables.tables(found)
+    )
+    quant_tables.picture(found, ROOT / "experiments" / "quant.png")
+    return 0
+
+
 def main() -> int:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for name, function in (("run", run),):
+    for name, function in (("run", run), ("collect", collect)):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("--workdir", type=Path, default=ROOT / "runs" / "quant")

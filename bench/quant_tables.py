@@ -1,0 +1,323 @@
+"""What the runs of quant_study.py say: numbers with intervals, Markdown tables, a picture.
+
+Post-training rows are differences to the same checkpoint in float32, seeds then documents resampled, where the table
+of documents is there, else paired over seeds. Training rows are paired over seeds (Student's t).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics as plain_statistics
+from pathlib import Path
+
+import quant_study as study
+
+from moelab.quant import recipes
+from moelab.report import documents, statistics
+
+ALL = "all"
+DOCUMENTS = "documents.parquet"
+
+
+def gather(workdir: Path) -> dict:
+    """Returns per model the seeds, the reference's bits per byte, and the rows of each table."""
+    found = {}
+    for model in study.MODELS:
+        seeds = [s for s in range(100) if _card(workdir, model, "", s) is not None]
+        if not seeds:
+            continue
+        found[model] = {
+            "seeds": seeds,
+            "float32": [_bits(_card(workdir, model, "", s), "float32") for s in seeds],
+            "formats": _formats(workdir, model, seeds),
+            "methods": _methods(workdir, model, seeds),
+            "training": _training(workdir, model, seeds),
+        }
+    return found
+
+
+def _card(workdir: Path, model: str, method: str, seed: int) -> dict | None:
+    path = study.directory(workdir, model, method, seed) / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _row(card: dict, precision: str) -> dict:
+    return next(row for row in card["evaluation"]["rows"] if row["precision"] == precision)
+
+
+def _bits(card: dict, precision: str) -> float:
+    return _row(card, precision)["bits_per_byte"][ALL]
+
+
+def _formats(workdir: Path, model: str, seeds: list[int]) -> list[dict]:
+    """Round to nearest in every format, on the high-precision runs."""
+    cards = [_card(workdir, model, "", s) for s in seeds]
+    tables = [
+        documents.read(study.directory(workdir, model, "", s) / documents.NAME) for s in seeds
+    ]
+    rows = []
+    for name in (row["precision"] for row in cards[0]["evaluation"]["rows"]):
+        if name == "float32":
+            continue
+        interval = statistics.seeds_then_documents(tables, "float32", name)
+        own = [_row(card, name) for card in cards]
+        rows.append(
+            {
+                "precision": name,
+                "label": recipes.get(name).label,
+                "difference": interval._asdict(),
+                "by_seed": [_bits(c, name) - _bits(c, "float32") for c in cards],
+                "expert_bytes": own[0]["expert_bytes"],
+                "router_agreement": plain_statistics.fmean(r["router_agreement"] for r in own),
+            }
+        )
+    return rows
+
+
+def _methods(workdir: Path, model: str, seeds: list[int]) -> list[dict]:
+    """Post-training methods: what `moelab quantize` wrote."""
+    rows = []
+    for format in study.FORMATS:
+        for method in study.METHODS:
+            folders = [study.post_training(workdir, model, method, format, s) for s in seeds]
+            paths = [folder / "quality.json" for folder in folders]
+            if not all(path.is_file() for path in paths):
+                continue
+            reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            for scheme in study.SCHEMES:
+                rows.append(
+                    {"format": format, "method": method, "scheme": scheme}
+                    | _method(reports, folders, scheme)
+                )
+    return rows
+
+
+def _method(reports: list[dict], folders: list[Path], scheme: str) -> dict:
+    found = [next(r for r in report["rows"] if r["name"] == scheme) for report in reports]
+    by_seed = [r["bits_per_byte_difference"]["estimate"] for r in found]
+    tables = [folder / DOCUMENTS for folder in folders]
+    if all(table.is_file() for table in tables):
+        read = [documents.read(table) for table in tables]
+        interval = statistics.seeds_then_documents(read, "float32", scheme)._asdict()
+    else:
+        interval = _t([0.0] * len(by_seed), by_seed)
+    return {
+        "difference": interval,
+        "by_seed": by_seed,
+        "kl": plain_statistics.fmean(r["kl"]["mean"] for r in found),
+    }
+
+
+def _t(a: list[float], b: list[float]) -> dict:
+    """Mean of b - a and its paired t interval; without one for a single pair."""
+    if len(a) < 2:
+        return {"estimate": b[0] - a[0], "low": None, "high": None}
+    found = statistics.paired_t(a, b)
+    return {"estimate": found.mean, "low": found.low, "high": found.high}
+
+
+def _training(workdir: Path, model: str, seeds: list[int]) -> dict:
+    """Continued and low-precision training, each against its control on the seeds that both have."""
+    rows = []
+    for method in (*study.CONTINUED, *study.FROM_NOTHING):
+        control = "more" if method in study.CONTINUED else ""
+        pairs = [
+            (_card(workdir, model, control, s), _card(workdir, model, method, s)) for s in seeds
+        ]
+        pairs = [pair for pair in pairs if None not in pair]
+        if not pairs:
+            continue
+        for precision in (r["precision"] for r in pairs[0][1]["evaluation"]["rows"]):
+            if method == "more" and precision == "float32":
+                continue
+            float32 = [_bits(a, "float32") for a, _ in pairs]
+            mine = [_bits(b, precision) for _, b in pairs]
+            rows.append(
+                {
+                    "method": method,
+                    "control": control or "from nothing",
+                    "precision": precision,
+                    "seeds": len(pairs),
+                    "bits_per_byte": plain_statistics.fmean(mine),
+                    "difference": _t(float32, mine),
+                    "by_seed": [b - a for a, b in zip(float32, mine, strict=True)],
+                }
+            )
+    return {"rows": rows, "recovered": _recovered(rows)}
+
+
+def _recovered(rows: list[dict]) -> list[dict]:
+    """Share of the control's rounding loss that each continued method takes back: 1 - its loss / the control's."""
+    by = {(r["method"], r["precision"]): r for r in rows}
+    found = []
+    for format in study.FORMATS:
+        for scheme in ("w", "wa"):
+            base = by.get(("more", f"{format}_{scheme}"))
+            for kind in ("qat", "qad"):
+                row = by.get((f"{format}_{kind}", f"{format}_{scheme}"))
+                if base is None or row is None or len(row["by_seed"]) != len(base["by_seed"]):
+                    continue
+                saved = _t(row["by_seed"], base["by_seed"])
+                lost = plain_statistics.fmean(base["by_seed"])
+                found.append(
+                    {
+                        "method": row["method"],
+                        "precision": row["precision"],
+                        "saved": saved,
+                        "share": saved["estimate"] / lost,
+                    }
+                )
+    return found
+
+
+def _text(interval: dict) -> str:
+    if interval["low"] is None:
+        return f"{interval['estimate']:+.4f}"
+    return f"{interval['estimate']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def tables(found: dict) -> str:
+    """All tables as Markdown."""
+    models = list(found)
+    heads = [f"{m}: difference in bits per byte [95 %]" for m in models]
+    return "\n".join(
+        [
+            _reference(found),
+            *_format_tables(found, models, heads),
+            "#### Post-training methods\n",
+            _method_table(found, models, heads),
+            "#### Training\n",
+            _training_table(found, models, heads),
+            "#### What quantization-aware training takes back of the control's rounding loss\n",
+            _recovered_table(found, models),
+            "",
+        ]
+    )
+
+
+def _reference(found: dict) -> str:
+    parts = [
+        f"{m} {plain_statistics.fmean(f['float32']):.4f} ({len(f['seeds'])} seeds)"
+        for m, f in found.items()
+    ]
+    return f"float32, bits per byte: {'; '.join(parts)}.\n"
+
+
+def _format_tables(found: dict, models: list[str], heads: list[str]) -> list[str]:
+    parts = []
+    titles = {
+        "_w": "weights of the experts alone",
+        "_wa": "weights and activations of the experts",
+        "_kv": "key-value cache alone",
+        "": "the whole model",
+    }
+    first = found[models[0]]["formats"]
+    for ending, title in titles.items():
+        names = [r["precision"] for r in first if _ending(r["precision"]) == ending]
+        if not names:
+            continue
+        rows = []
+        for name in names:
+            mine = [_find(found[m]["formats"], precision=name) for m in models]
+            size = first[0]["expert_bytes"] and mine[0]["expert_bytes"]
+            rows.append(
+                [f"`{name}`", *(_text(r["difference"]) for r in mine), f"{size:,}"]
+                + [f"{mine[0]['router_agreement']:.1%}"]
+            )
+        rows.sort(key=lambda row: float(row[1].split()[0]))
+        head = ["round to nearest", *heads, f"experts, bytes ({models[0]})"]
+        head.append(f"same experts chosen ({models[0]})")
+        parts += [f"#### Round to nearest: {title}\n", _markdown(head, rows)]
+    return parts
+
+
+def _ending(name: str) -> str:
+    return next((e for e in ("_wa", "_kv", "_w") if name.endswith(e)), "")
+
+
+def _find(rows: list[dict], **wanted) -> dict | None:
+    return next((r for r in rows if all(r[k] == v for k, v in wanted.items())), None)
+
+
+def _cell(row: dict | None) -> str:
+    return "" if row is None else _text(row["difference"])
+
+
+def _method_table(found: dict, models: list[str], heads: list[str]) -> str:
+    rows = []
+    for scheme, ending in zip(study.SCHEMES, ("w", "wa"), strict=True):
+        for format in study.FORMATS:
+            nearest = [_find(found[m]["formats"], precision=f"{format}_{ending}") for m in models]
+            rows.append([scheme, format, "rtn", *map(_cell, nearest), ""])
+            for method in study.METHODS:
+                key = dict(scheme=scheme, format=format, method=method)
+                mine = [_find(found[m]["methods"], **key) for m in models]
+                kl = "" if mine[0] is None else f"{mine[0]['kl']:.5f}"
+                rows.append([scheme, format, method, *map(_cell, mine), kl])
+    head = ["scheme", "format", "method", *heads, f"KL, nats per token ({models[0]})"]
+    return _markdown(head, rows)
+
+
+def _training_table(found: dict, models: list[str], heads: list[str]) -> str:
+    rows = []
+    first = found[models[0]]["training"]["rows"]
+    for row in first:
+        key = dict(method=row["method"], precision=row["precision"])
+        mine = [_find(found[m]["training"]["rows"], **key) for m in models]
+        against = "`more`" if row["control"] == "more" else "the float32 run"
+        rows.append([f"`{row['method']}`", f"`{row['precision']}`", against, *map(_cell, mine)])
+    return _markdown(["training", "evaluated as", "against (in float32)", *heads], rows)
+
+
+def _recovered_table(found: dict, models: list[str]) -> str:
+    rows = []
+    for row in found[models[0]]["training"]["recovered"]:
+        key = dict(method=row["method"], precision=row["precision"])
+        mine = [_find(found[m]["training"]["recovered"], **key) for m in models]
+        cells = []
+        for one in mine:
+            cells += ["", ""] if one is None else [f"{one['share']:.0%}", _text(one["saved"])]
+        rows.append([f"`{row['method']}`", f"`{row['precision']}`", *cells])
+    head = ["method", "evaluated as"]
+    for model in models:
+        head += [f"{model}: share taken back", f"{model}: bits per byte saved [95 %]"]
+    return _markdown(head, rows)
+
+
+def picture(found: dict, path: Path) -> None:
+    """Draws the rounding loss by format, weights alone and with activations, for every model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models, endings = list(found), ("_w", "_wa")
+    figure, axes = pyplot.subplots(
+        1, len(models), figsize=(6 * len(models), 5), sharex=True, layout="constrained"
+    )
+    for axis, model in zip(axes if len(models) > 1 else [axes], models, strict=True):
+        rows = found[model]["formats"]
+        names = [r["precision"][:-2] for r in rows if r["precision"].endswith("_w")]
+        for offset, (ending, label, colour) in enumerate(
+            zip(endings, ("weights", "weights + activations"), ("#2a6f97", "#c1440e"), strict=True)
+        ):
+            mine = [(i, _find(rows, precision=name + ending)) for i, name in enumerate(names)]
+            mine = [(i + 0.25 * offset, r["difference"]) for i, r in mine if r is not None]
+            y, values = [i for i, _ in mine], [d["estimate"] for _, d in mine]
+            low = [max(0.0, d["estimate"] - d["low"]) for _, d in mine]
+            high = [max(0.0, d["high"] - d["estimate"]) for _, d in mine]
+            axis.errorbar(values, y, xerr=[low, high], fmt="o", color=colour, label=label, ms=4)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_yticks([i + 0.125 for i in range(len(names))], names)
+        axis.invert_yaxis()
+        axis.set_xlabel("bits per byte more than float32 (95 %)")
+        axis.set_title(f"{model}, {len(found[model]['seeds'])} seeds")
+        axis.grid(axis="x", alpha=0.3)
+    axes_first = axes[0] if len(models) > 1 else axes
+    axes_first.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
