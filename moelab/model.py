@@ -186,6 +186,7 @@ class Transformer(nn.Module):
       remat: recompute each unit of blocks in the backward pass.
       mesh: from parallel.make_mesh.
       embedding_format, head_precision: formats of the table, and of the head's weights and input; None: plain.
+      scale_leak: why the scales of activations let outputs depend on later tokens; empty: they do not.
     """
 
     vocab_size: int
@@ -198,6 +199,7 @@ class Transformer(nn.Module):
     mesh: jax.sharding.Mesh
     embedding_format: str | None = None
     head_precision: pallas_kernels.MatmulPrecision | None = None
+    scale_leak: str = ""
 
     @nn.compact
     def __call__(
@@ -266,7 +268,8 @@ class Transformer(nn.Module):
     def leak(self) -> str:
         """Why outputs depend on later tokens; empty where they do not."""
         blocks = (block for segment in self.segments for block in segment.blocks)
-        return next((b.moe.leak for b in blocks if b.moe is not None and b.moe.leak), "")
+        routed = next((b.moe.leak for b in blocks if b.moe is not None and b.moe.leak), "")
+        return routed or self.scale_leak
 
 
 def head(model: Transformer, params: dict) -> jax.Array:
@@ -395,6 +398,7 @@ def from_config(
         mesh=mesh or parallel.make_mesh(1),
         embedding_format=recipe.embedding.weight,
         head_precision=head_precision,
+        scale_leak=recipe.leak,
     )
 
 
@@ -427,7 +431,7 @@ def _block_kinds(
 def training_recipe(config) -> recipes.Recipe:
     """Returns the recipe of config.quantization."""
     q = config.quantization
-    return recipes.named(q.recipe, q.format, tuple(q.roles))
+    return recipes.named(q.recipe, q.format, tuple(q.roles), q.activation_scale)
 
 
 def high_precision_layers(config) -> set[int]:

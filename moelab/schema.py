@@ -135,6 +135,10 @@ class Quantization:
     roles: tuple[
         str, ...
     ] = ()  # changes to the recipe, each ROLE.PART=FORMAT, as attention.weight=nvfp4; none: plain
+    activation_scale: str = (
+        "per_token"  # whose amax scales NVFP4 activations: per_token, or per_group and per_tensor,
+    )
+    # which let a token see later ones
     start_step: int = 0  # optimizer steps in high precision before the recipe holds
     end_step: int = 0  # optimizer step after which it is high precision again; 0: never
     first_layers: int = 0  # blocks at the beginning that stay in high precision

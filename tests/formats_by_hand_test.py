@@ -173,3 +173,29 @@ def test_smallest_e8m0_scale_is_not_flushed():
         scales = jnp.full((1, 1), scale, jnp.uint8)
         q = formats.BlockScaled(one_block, scales, None, "mxfp4", "rceil")
         assert (np.asarray(formats.dequantize(q)) == 6 * 2.0**exponent).all()
+
+
+def test_a_given_global_amax_by_hand():
+    # Global amax 5376 = 2 * 2688: encode = 1/2, so 10 / 6 / 2 = 0.833 -> e4m3 0.8125 = 0 0110 101 = 0x35, step 1.625:
+    # 10 / 1.625 = 6.15 -> 6 (7). A block at twice the global amax wants the scale 896 and gets 448 = 0x7e, step 896:
+    # 10752 / 896 = 12 saturates at 6 (7).
+    x = padded([10, 5], [10752])
+    amax = jnp.full((), 5376, jnp.float32)
+    q = formats.quantize(x, "nvfp4", global_amax=amax)
+    assert q.global_amax == 5376
+    np.testing.assert_array_equal(q.scales, [[0x35], [0x7E]])
+    np.testing.assert_array_equal(q.codes[:, 0], [0x57, 7])
+    np.testing.assert_array_equal(formats.dequantize(q)[:, 0], [6 * 1.625, 6 * 896])
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "nvfp4_46", "nvfp4_2d", "nvfp4_46_2d"])
+def test_a_given_global_amax_that_is_its_own_changes_nothing(format):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 32, 64)), jnp.float32)
+    own = formats.quantize(x, format, num_batch_axes=1)
+    given = formats.quantize(x, format, num_batch_axes=1, global_amax=own.global_amax)
+    np.testing.assert_array_equal(own.codes, given.codes)
+    np.testing.assert_array_equal(own.scales, given.scales)
+    with pytest.raises(ValueError, match=r"must be float32 of shape \(3,\), got float32 of shape"):
+        formats.quantize(x, format, num_batch_axes=1, global_amax=own.global_amax[:2])
+    with pytest.raises(ValueError, match="belongs to the NVFP4 formats, mxfp4 has none"):
+        formats.quantize(x, "mxfp4", num_batch_axes=1, global_amax=own.global_amax)

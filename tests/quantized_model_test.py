@@ -255,6 +255,8 @@ def problems(**quantization):
             "moe.expert_width",
             "must be a multiple of 32 for expert_",
         ),
+        (dict(activation_scale="per_row"), "quantization.activation_scale", "choose from per_tok"),
+        (dict(activation_scale="static"), "quantization.activation_scale", "nothing is calibrated"),
         (dict(start_step=-1), "quantization.start_step", "at least 0"),
         (dict(start_step=5, end_step=5), "quantization.end_step", "more than"),
         (dict(teacher="nowhere"), "quantization.teacher", "must be the directory of a run"),
@@ -277,3 +279,22 @@ def test_config_problems(fields, path, message):
 def test_a_good_config_has_no_problem():
     for name in recipes.NAMED:
         assert problems(recipe=name) == {}
+
+
+@pytest.mark.parametrize("scale", ["per_group", "per_tensor"])
+def test_a_shared_scale_leaks_and_the_model_says_so(scale):
+    recipe = recipes.named("w4a4", activation_scale=scale)
+    transformer = model.from_config(CONFIG, VOCAB, recipe=recipe)
+    assert scale in transformer.leak
+    inputs = make_inputs()
+    token = np.array(inputs.token_BL)
+    token[:, 10:] = (token[:, 10:] + 7) % VOCAB
+    later = inputs._replace(token_BL=jnp.asarray(token))
+    assert np.abs(output(recipe, inputs)[:, :10] - output(recipe, later)[:, :10]).max() > 1e-4
+    # MX formats have no global scale: nothing to share.
+    assert (
+        model.from_config(
+            CONFIG, VOCAB, recipe=recipes.named("w4a4", "mxfp4", activation_scale=scale)
+        ).leak
+        == ""
+    )

@@ -17,7 +17,7 @@ def problems(config: ml_collections.ConfigDict) -> Iterator[tuple[str, str]]:
     """Yields (path, message) of everything that is wrong with the section."""
     q = config.quantization
     try:
-        recipe = recipes.named(q.recipe, q.format, tuple(q.roles))
+        recipe = recipes.named(q.recipe, q.format, tuple(q.roles), q.activation_scale)
     except ValueError as error:
         yield f"{SECTION}.{_field(str(error))}", str(error)
         return
@@ -29,8 +29,9 @@ def problems(config: ml_collections.ConfigDict) -> Iterator[tuple[str, str]]:
 
 
 def _field(message: str) -> str:
-    if "4-bit format" in message:
-        return "format"
+    for name, words in (("format", "4-bit format"), ("activation_scale", "activation_scale")):
+        if words in message:
+            return name
     return "recipe" if "unknown recipe" in message else "roles"
 
 
@@ -50,6 +51,8 @@ def _numbers(q: ml_collections.ConfigDict) -> Iterator[tuple[str, str]]:
         yield f"{SECTION}.temperature", f"must be greater than 0, got {q.temperature}"
     if not q.reset_ratio > 0:
         yield f"{SECTION}.reset_ratio", f"must be greater than 0, got {q.reset_ratio}"
+    if q.activation_scale == "static":
+        yield f"{SECTION}.activation_scale", "must not be static: nothing is calibrated in training"
     if q.reset_every and q.reset_window > q.reset_every:
         message = f"must be at most quantization.reset_every={q.reset_every}, got {q.reset_window}"
         yield f"{SECTION}.reset_window", message

@@ -114,6 +114,15 @@ class Recipe:
         cache = self.kv_cache.activation
         return self.expert_activation or (f"{cache} cache" if cache else None)
 
+    @property
+    def leak(self) -> str:
+        """Why outputs depend on later tokens; empty where they do not."""
+        activations = (getattr(self, role).activation or "" for role in ROLES if role != "kv_cache")
+        shared = any(a.startswith("nvfp4") or a == "fp8_tensor" for a in activations)
+        if self.activation_scale not in ("per_group", "per_tensor") or not shared:
+            return ""
+        return f"activations share a scale {self.activation_scale}, which later tokens enter"
+
     def without_experts_weights(self) -> Recipe:
         """The recipe as a model computes it whose experts' weights were rounded before, and no name.
 
@@ -254,7 +263,12 @@ def get(name: str) -> Recipe:
     return _BY_NAME[name]
 
 
-def named(name: str, format: str = "nvfp4", roles: tuple[str, ...] = ()) -> Recipe:
+def named(
+    name: str,
+    format: str = "nvfp4",
+    roles: tuple[str, ...] = (),
+    activation_scale: str = "per_token",
+) -> Recipe:
     """Returns a recipe of training or of `moelab quantize`.
 
     >>> named("nvfp4_qat", roles=("attention.weight=nvfp4",)).attention.weight
@@ -264,6 +278,7 @@ def named(name: str, format: str = "nvfp4", roles: tuple[str, ...] = ()) -> Reci
       name: one of NAMED.
       format: of w4a16, w4a8 and w4a4, one of FOUR_BIT.
       roles: changes, each ROLE.PART=FORMAT with a role and part of ROLES; FORMAT none: not quantized.
+      activation_scale: one of ACTIVATION_SCALES.
 
     Raises:
       ValueError: an unknown name, format, role or part; the message has what is allowed.
@@ -272,7 +287,11 @@ def named(name: str, format: str = "nvfp4", roles: tuple[str, ...] = ()) -> Reci
         raise ValueError(f"unknown recipe {name!r}; {_guess(name, NAMED)}")
     if format not in FOUR_BIT:
         raise ValueError(f"unknown 4-bit format {format!r}; choose from {', '.join(FOUR_BIT)}")
+    if activation_scale not in ACTIVATION_SCALES:
+        allowed = ", ".join(ACTIVATION_SCALES)
+        raise ValueError(f"unknown activation_scale {activation_scale!r}; choose from {allowed}")
     recipe = next(recipe for recipe in _named(format) if recipe.name == name)
+    recipe = dataclasses.replace(recipe, activation_scale=activation_scale)
     for change in roles:
         role, part, value = split_role(change)
         formats = dataclasses.replace(getattr(recipe, role), **{part: value})
