@@ -130,35 +130,22 @@ class Upcycle:
 class Quantization:
     """Low precision in training: a recipe, when and where it holds, distillation, oscillation."""
 
-    recipe: str = "none"  # what training computes: none, nvfp4_qat, mxfp4_qat (_w: weights only), nvfp4_training, ...
+    recipe: str = "none"  # nvfp4_qat, mxfp4_qat (_w: weights only), nvfp4_training, ... or none
     format: str = "nvfp4"  # 4-bit format of the recipes w4a16, w4a8 and w4a4
-    roles: tuple[
-        str, ...
-    ] = ()  # changes to the recipe, each ROLE.PART=FORMAT, as attention.weight=nvfp4; none: plain
-    activation_scale: str = (
-        "per_token"  # whose amax scales NVFP4 activations: per_token, or per_group and per_tensor,
-    )
-    # which let a token see later ones
+    roles: tuple[str, ...] = ()  # changes to the recipe: ROLE.PART=FORMAT; FORMAT none: plain
+    activation_scale: str = "per_token"  # NVFP4 amax; per_group, per_tensor see later tokens
     start_step: int = 0  # optimizer steps in high precision before the recipe holds
     end_step: int = 0  # optimizer step after which it is high precision again; 0: never
     first_layers: int = 0  # blocks at the beginning that stay in high precision
     last_layers: int = 0  # blocks at the end that stay in high precision
-    teacher: str = (
-        ""  # run directory whose high-precision model is distilled (arXiv:2601.20088); empty: none
-    )
-    teacher_share: float = (
-        1.0  # share of the loss that is the divergence from the teacher; the rest is cross-entropy
-    )
+    teacher: str = ""  # run directory of the model to distil (arXiv:2601.20088); empty: none
+    teacher_share: float = 1.0  # share of the divergence in the loss; the rest is cross-entropy
     temperature: float = 1.0  # of the distillation
-    flip_every: int = 0  # optimizer steps between measurements of the share of weights whose code changes; 0: never
-    reset_every: int = (
-        0  # optimizer steps between resets of oscillating weights (arXiv:2510.27527); 0: never
-    )
+    flip_every: int = 0  # optimizer steps between measurements of codes that change; 0: never
+    reset_every: int = 0  # optimizer steps between resets of oscillating weights; 0: never
     reset_start: int = 0  # optimizer step after which the first window may begin
     reset_window: int = 50  # optimizer steps over which oscillation is watched
-    reset_ratio: float = (
-        8.0  # path of the rounded weight over that of the weight from which it is reset
-    )
+    reset_ratio: float = 8.0  # rounded path over path from which a weight is reset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
