@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import run_directory
 
-from moelab import metrics, report, trace
+from moelab import metrics, report, schema, trace
 from moelab.report import canvas, compare, documents, facts, route_plots, routes, tables
 from moelab.report import card as cards
 from moelab.report import html as run_page
@@ -425,3 +425,15 @@ def test_the_balancing_coefficient_is_converted_where_it_is_on(
     # two MoE layers: Megatron 0.02 / 2; k = 2: Hugging Face 0.02 / 2
     cells = {row[0].text: row[2].value for row in tables.coefficient_table(report.load(alone)).rows}
     assert cells["Megatron-Core"] == cells["Hugging Face"] == 0.01 and cells["MegaBlocks"] == 0.02
+
+
+def test_the_precision_of_training_is_told():
+    plain = dict(model={"dtype": "float32"}, quantization=dataclasses.asdict(schema.Quantization()))
+    assert facts.training_precision(plain) == "float32"
+    assert facts.training_precision({"model": {"dtype": "bfloat16"}}) == "bfloat16"  # an older card
+    changes = dict(recipe="nvfp4_training", start_step=5, last_layers=2, teacher="runs/a")
+    found = facts.training_precision(plain | {"quantization": plain["quantization"] | changes})
+    assert found == (
+        "float32, nvfp4_training, in steps 6 to the last, but for the 0 first and 2 last layers, "
+        "distilled from runs/a"
+    )

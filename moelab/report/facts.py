@@ -106,6 +106,7 @@ def _training(card: dict[str, Any]) -> Pairs:
         ("seeds", ", ".join(f"{k} {v}" for k, v in card["seeds"].items())),
         ("steps", fmt.count(training.get("steps"))),
         ("tokens", fmt.count(training.get("tokens"))),
+        ("precision", training_precision(card["config"])),
         ("last training loss", fmt.fixed(training.get("final_loss"), 4, suffix=" nats per token")),
         ("skipped non-finite steps", fmt.count(training.get("nonfinite_steps"))),
         ("attempts", fmt.count(training.get("attempts"))),
@@ -116,6 +117,25 @@ def _training(card: dict[str, Any]) -> Pairs:
         ("active parameters", fmt.count(parameters.get("active"))),
         ("expert parameters", fmt.count(parameters.get("expert"))),
     ]
+
+
+def training_precision(config: dict[str, Any]) -> str:
+    """Says what training computed in: the model's dtype, the recipe, when and where it held, the teacher."""
+    quantization = config.get("quantization") or {}  # cards of earlier versions have none
+    words = [str((config.get("model") or {}).get("dtype", "unknown"))]
+    recipe = quantization.get("recipe", "none")
+    if recipe == "none" and not quantization.get("roles"):
+        return words[0]
+    words.append(" ".join([recipe, *quantization.get("roles", ())]))
+    start, end = quantization["start_step"], quantization["end_step"]
+    if start or end:
+        words.append(f"in steps {start + 1} to {end or 'the last'}")
+    kept = [f"{quantization[k + '_layers']} {k}" for k in ("first", "last")]
+    if quantization["first_layers"] or quantization["last_layers"]:
+        words.append(f"but for the {' and '.join(kept)} layers")
+    if quantization["teacher"]:
+        words.append(f"distilled from {quantization['teacher']}")
+    return ", ".join(words)
 
 
 def _data(card: dict[str, Any]) -> Pairs:
