@@ -123,6 +123,7 @@ def collect(options) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     batch.replace_generated(ROOT / "experiments" / "README.md", "methods", tables(found))
+    picture(found, ROOT / "experiments" / "methods.png")
     return 0
 
 
@@ -224,6 +225,42 @@ def _difference(entries: list[dict], reference: list[dict]) -> str:
     return (
         f"{one['estimate']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}] (documents)" if one else ""
     )
+
+
+def picture(found: dict, path: Path) -> None:
+    """Draws each method's difference to its reference and its MaxVio; bounds and what is far off are left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        2, 2, figsize=(13, 14), layout="constrained", height_ratios=(3, 4)
+    )
+    for (left, right), (folder, reference) in zip(axes, REFERENCE.items(), strict=True):
+        mine = {m: e for m, e in found.items() if m.startswith(folder) and m not in BOUNDS}
+        base = mine[reference]
+        pairs = {m: _pairs(e, base)[0] for m, e in mine.items() if m != reference}
+        rows = [
+            (m, intervals.paired_t(*zip(*p, strict=True))) for m, p in pairs.items() if len(p) > 1
+        ]
+        rows = sorted((row for row in rows if abs(row[1].mean) < 0.1), key=lambda row: row[1].mean)
+        place = range(len(rows))
+        star = [" *" if any(e["leak"] for e in mine[m]) else "" for m, _ in rows]
+        names = [m.partition("/")[2] + mark for (m, _), mark in zip(rows, star, strict=True)]
+        error = [[t.mean - t.low for _, t in rows], [t.high - t.mean for _, t in rows]]
+        left.errorbar([t.mean for _, t in rows], place, xerr=error, fmt="o", ms=5, color="#2a6f97")
+        left.axvline(0, color="black", lw=0.8)
+        left.set_yticks(place, names)
+        left.set_xlabel(f"bits per byte more than {reference} (95 %, paired over seeds)")
+        violation = [_mean(mine[m], "max_violation") for m, _ in rows]
+        right.barh(place, violation, color="#a8c5da")
+        right.set_yticks(place, [])
+        right.set_xlabel("MaxVio on the test set")
+        for axis in (left, right):
+            axis.set_ylim(len(rows) - 0.5, -0.5)
+            axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> int:
