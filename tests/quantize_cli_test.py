@@ -13,7 +13,7 @@ import safetensors
 import moelab
 from moelab import cli, environment, evaluate, manifest, quant
 from moelab import config as configs
-from moelab.quant import export, recipes, storage
+from moelab.quant import export, quantize, recipes, storage
 
 CONFIG = dict(
     seed=3,
@@ -68,8 +68,6 @@ def main(capsys, monkeypatch):
 def made(run, tmp_path_factory):
     """Round to nearest in NVFP4, two rows, W4A4 with static scales exported."""
     out = tmp_path_factory.mktemp("made") / "q"
-    from moelab.quant import quantize
-
     options = quantize.Options(
         out=out,
         schemes=("w4a4", "w4a16"),
@@ -156,6 +154,35 @@ class TestWhatIsMade:
                 scale = np.frombuffer(tensor["data"], np.float32)
                 assert scale == np.float32(2688) / np.float32(amax)
         assert made.found["export"]["experts"] == 8
+
+
+class TestLayersInHighPrecision:
+    def test_get_their_experts_back(self):
+        """Plain trees stand in for parameters: nothing looks at the leaves."""
+        sparse = {"router": 1, "experts": 2}
+        params = {
+            "head": 0,
+            "segment_0": {"block_0": {"moe": sparse}, "block_1": {"moe": sparse}},
+            "segment_1": {"block_0": {"moe": sparse}},
+        }
+        bare, packed = {"moe": {"router": 1}}, {"moe": {"experts": 3}}
+        rest = {
+            "head": 0,
+            "segment_0": {"block_0": bare, "block_1": bare},
+            "segment_1": {"block_0": bare},
+        }
+        quantized = {
+            "segment_0": {"block_0": packed, "block_1": packed},
+            "segment_1": {"block_0": packed},
+        }
+        before = json.dumps([rest, quantized])
+        keep = frozenset({("segment_0", "block_1"), ("segment_1", "block_0")})
+        kept_rest, kept = quantize.restored(params, rest, quantized, keep)
+        assert kept == {"segment_0": {"block_0": packed}}
+        assert kept_rest == params | {
+            "segment_0": {"block_0": bare, "block_1": {"moe": sparse}},
+        }
+        assert json.dumps([rest, quantized]) == before
 
 
 class TestCommand:

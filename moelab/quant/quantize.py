@@ -86,7 +86,7 @@ def _pack(loaded: evaluate.Loaded, options: Options, method, statistics):
     if options.static:
         _check_static(options, report, quantized)
     keep = model_lib.from_dataset(loaded.config, loaded.dataset).kept_blocks
-    rest, quantized = _kept(params, rest, quantized, keep)
+    rest, quantized = restored(params, rest, quantized, keep)
     facts = {
         "format": options.format,
         "rule": report["rule"],
@@ -110,8 +110,19 @@ def _check_static(options: Options, report: Mapping, quantized: Mapping) -> None
         )
 
 
-def _kept(params: Mapping, rest: dict, quantized: dict, keep) -> tuple[dict, dict]:
-    """Puts the experts of the blocks back that the run computes in high precision."""
+def restored(
+    params: Mapping, rest: dict, quantized: dict, keep: frozenset[tuple[str, str]]
+) -> tuple[dict, dict]:
+    """Puts the experts of the blocks back that the run computes in high precision.
+
+    Args:
+      params: of the run.
+      rest, quantized: what was made of them; not changed.
+      keep: (segment, block) of those blocks.
+
+    Returns:
+      rest and quantized.
+    """
     for segment, block in keep:
         if block in quantized.get(segment, {}):
             quantized = quantized | {segment: dict(quantized[segment])}
