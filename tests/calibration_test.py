@@ -232,6 +232,16 @@ def test_interleaved_blocks_come_in_their_order():
         assert_close(done.gate_up.hessian_EKK[own], hessian[layer][own])
 
 
+def test_layers_are_listed_repetition_by_repetition_and_block_by_block():
+    sparse, dense = types.SimpleNamespace(moe=True), types.SimpleNamespace(moe=None)
+    segment = types.SimpleNamespace(count=2, blocks=(sparse, dense, sparse))
+    model = types.SimpleNamespace(segments=(segment,))
+    total = {"0/0": np.array([10, 11]), "0/2": np.array([20, 21])}
+    found = calibration._by_layer(model, total)
+    assert list(found) == [(0, 0, 0), (0, 2, 0), (0, 0, 1), (0, 2, 1)]
+    assert [int(value) for value in found.values()] == [10, 20, 11, 21]
+
+
 def test_dropped_assignments_do_not_count():
     config, params, state = make_model(
         moe=dict(num_experts=8, num_dense_layers=1, capacity_factor=0.5)

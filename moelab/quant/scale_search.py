@@ -97,7 +97,8 @@ def _searched(
     def consider(best, offset):
         scale_ENB = _neighbour(start.scales, offset, spec.scale)
         error_ENB = error_of(scale_ENB)
-        better = error_ENB < best[1]  # never where one is NaN: a broken block stays broken
+        # Never where one is NaN, so that a broken block stays broken, and never where the block is zero.
+        better = error_ENB < best[1]
         pair = (scale_ENB, error_ENB)
         return jax.tree.map(lambda new, old: jnp.where(better, new, old), pair, best), None
 
@@ -115,10 +116,9 @@ def _offsets(format: str, smallest: float, largest: float) -> tuple[int, ...]:
 
 
 def _neighbour(scale: jax.Array, offset: jax.Array, kind: str) -> jax.Array:
-    """Returns the byte so many steps away, inside the finite range; zero and NaN scales stay."""
+    """Returns the byte so many steps away, inside the finite range."""
     last = E4M3.max_code if kind == "e4m3" else 254
-    moved = jnp.clip(scale.astype(jnp.int32) + offset, 1, last).astype(jnp.uint8)
-    return jnp.where((scale == 0) | (scale > last), scale, moved)
+    return jnp.clip(scale.astype(jnp.int32) + offset, 1, last).astype(jnp.uint8)
 
 
 def _shared(error_ENB: jax.Array, block_rows: int) -> jax.Array:
