@@ -337,3 +337,24 @@ def test_heights_ascend_and_are_few(rows):
     heights = windows.heights(rows, 16)
     assert list(heights) == sorted(set(heights)) and 1 <= len(heights) <= 12
     assert heights[-1] <= max(8, 4 * rows)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "nvfp4_46", "mxfp4", "mxfp8_e4m3", "fp8_block"])
+@pytest.mark.parametrize("implementation", ["xla_windows", "reference"])
+def test_quantized_products_are_within_a_millionth_of_float64(implementation, format):
+    sizes, width = np.array([100, 0, 37, 63]), 256
+    x, w = draw(30, 210, width), draw(31, 4, 48, width)
+    packed = formats.quantize(w, format, num_batch_axes=1)
+    activation = "fp8_row128" if format == "fp8_block" else format
+    y = pallas_kernels.quantized_grouped_matmul(
+        *(x, packed, jnp.asarray(sizes), MatmulPrecision(x=activation)),
+        implementation=implementation,
+    )
+    x64, w64 = (
+        np.asarray(formats.dequantize(q), np.float64)
+        for q in (formats.quantize(x, activation, num_batch_axes=1), packed)
+    )
+    want = np.zeros((210, 48))
+    want[:200] = np.stack([w64[e] @ x64[t] for t, e in enumerate(np.repeat(np.arange(4), sizes))])
+    assert np.abs(y - want).max() / np.abs(want).max() < 1e-6
+    assert np.linalg.norm(y - want) / np.linalg.norm(want) < 1e-6
