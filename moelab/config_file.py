@@ -191,6 +191,9 @@ def outline(path: Path) -> tuple[str, list[str]]:
     first = (ast.get_docstring(tree) or "").partition("\n")[0]
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PRESETS":
-            keys = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
+            value = node.value
+            keys = (
+                value.keys if isinstance(value, ast.Dict) else getattr(value, "elts", ())
+            )  # else computed
             return first, [key.value for key in keys if key.value]
     return first, []

@@ -63,7 +63,25 @@ for _format in FORMATS:
     _changes = CONTINUED | _quantized(f"{_format}_qat") | _evaluated(_format)
     METHODS |= {f"_{_format}_qat": _changes, f"_{_format}_qad": _changes}
 
-PRESETS = {"": {}} | {f"{model}{method}": {} for model in MODELS for method in METHODS}
+PRESETS = {
+    "": {},
+    "moe": {},
+    "moe_more": {},
+    "moe_nvfp4_qat": {},
+    "moe_mxfp4_qat": {},
+    "moe_nvfp4_qad": {},
+    "moe_mxfp4_qad": {},
+    "moe_nvfp4_training": {},
+    "moe_fp8_block": {},
+    "dense": {},
+    "dense_more": {},
+    "dense_nvfp4_qat": {},
+    "dense_mxfp4_qat": {},
+    "dense_nvfp4_qad": {},
+    "dense_mxfp4_qad": {},
+    "dense_nvfp4_training": {},
+    "dense_fp8_block": {},
+}
 
 
 def get_config(preset: str = "moe") -> ml_collections.ConfigDict:
