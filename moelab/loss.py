@@ -136,7 +136,7 @@ def divergence(
       hidden_TD: (T, D) of the student; the dtype of its matmul, sums are float32.
       head_VD: (V, D) float32 of the student.
       teacher_hidden_TD, teacher_head_VD: (T, D') and (V, D') of the teacher; constants: they get no gradient.
-      weight_T: (T,) float32; a constant.
+      weight_T: (T,) float32, at least 0; a constant. Tokens of weight 0 may hold anything, NaN too.
       chunk: as in `cross_entropy`.
       temperature: tau.
 
@@ -157,27 +157,27 @@ def _run_divergence(
     num_tokens, width = hidden_TD.shape
     chunk = chunk if chunk and num_tokens % chunk == 0 else num_tokens
     cast_VD = head_VD.astype(hidden_TD.dtype)
+    teacher_cast_VD = teacher_head_VD.astype(teacher_hidden_TD.dtype)
 
     def log_probabilities(h_CD, w_VD):
         logit_CV = jax.lax.dot_general(
-            h_CD,
-            w_VD.astype(h_CD.dtype),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
+            h_CD, w_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
         return jax.nn.log_softmax(logit_CV / tau, axis=-1)
 
     def body(d_head_VD, part):
         h_CD, teacher_CD, weight_C = part
         log_q_CV = log_probabilities(h_CD, cast_VD)
-        log_p_CV = log_probabilities(teacher_CD, teacher_head_VD)
-        p_CV = jnp.exp(log_p_CV)
-        nats_C = tau * tau * jnp.sum(p_CV * (log_p_CV - log_q_CV), axis=-1)
+        log_p_CV = log_probabilities(teacher_CD, teacher_cast_VD)
+        q_CV, p_CV = jnp.exp(log_q_CV), jnp.exp(log_p_CV)
+        # q - p adds up to nothing. With it no term is negative, and what the normalisers are off by cancels: at
+        # V = 8192 and a divergence of 5e-7, measured errors of 6e-7 become 2e-9 to 6e-8.
+        nats_C = tau * tau * jnp.sum(p_CV * (log_p_CV - log_q_CV) + (q_CV - p_CV), axis=-1)
         if not gradient:
             return d_head_VD, (nats_C, h_CD)
-        d_logit_CV = (jnp.exp(log_q_CV) - p_CV) * (tau * weight_C)[:, None]
-        # Tokens of no weight may hold anything: 0 * NaN is NaN.
-        d_logit_CV = jnp.where(weight_C[:, None] > 0, d_logit_CV, 0).astype(h_CD.dtype)
+        counts_C1 = weight_C[:, None] > 0  # 0 * NaN is NaN, so a token of no weight is taken out
+        d_logit_CV = jnp.where(counts_C1, (q_CV - p_CV) * (tau * weight_C)[:, None], 0)
+        d_logit_CV, h_CD = d_logit_CV.astype(h_CD.dtype), jnp.where(counts_C1, h_CD, 0)
         d_head_VD += jax.lax.dot_general(
             d_logit_CV, h_CD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
@@ -222,7 +222,16 @@ def sharded_kl(
     mesh: jax.sharding.Mesh,
     temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs `divergence` on each device's tokens; arguments and returns are those, over all devices."""
+    """Runs `divergence` on each device's tokens; arguments and returns are those, over all devices.
+
+    Raises:
+      ValueError: the vocabularies differ in size, or the temperature is not above 0.
+    """
+    if head_VD.shape[0] != teacher_head_VD.shape[0]:
+        sizes = f"got {head_VD.shape[0]} words, and {teacher_head_VD.shape[0]} of the teacher"
+        raise ValueError(f"student and teacher need the same vocabulary, {sizes}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
 
     def local(hidden_TD, teacher_TD, weight_T, head_VD, teacher_VD):
         head_VD, teacher_VD = (parallel.vary_like(w, hidden_TD) for w in (head_VD, teacher_VD))

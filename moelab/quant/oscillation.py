@@ -8,7 +8,8 @@ and where the second is at least `ratio` times the first, w := Q(w), in the midd
 
 Weights are dicts (or other trees) of arrays [..., N, K]; each matrix has a global scale of its own.
 
-Reference: arXiv:2510.27527 (OsciReset).
+Reference: arXiv:2510.27527 (OsciReset; every=200, start=8000, window=50, ratio=8). Differs from the authors' code: it
+begins windows at multiples of `every` and resets one step later, to what the weights are rounded to by then.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Reset:
       rule: its scale rule; None is the format's default.
 
     Raises:
-      ValueError: a number out of its range, an unknown format.
+      ValueError: a number out of its range, an unknown format or rule.
     """
 
     every: int
@@ -55,6 +56,8 @@ class Reset:
     rule: str | None = None
 
     def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
         if not 1 <= self.window <= self.every:
             raise ValueError(f"window must be from 1 to every={self.every}, got {self.window}")
         if self.start < 0:
@@ -64,6 +67,11 @@ class Reset:
         if self.format not in formats.FORMATS:
             allowed = ", ".join(formats.FORMATS)
             raise ValueError(f"unknown format {self.format!r}; allowed: {allowed}")
+        rules = formats.FORMATS[self.format].rules
+        if self.rule is not None and self.rule not in rules:
+            raise ValueError(
+                f"unknown rule {self.rule!r} for format {self.format}; allowed: {', '.join(rules)}"
+            )
 
     def init(self, weights: Any) -> Distances:
         """Returns distances of zero."""
@@ -85,30 +93,40 @@ class Reset:
         """
         place = (step - self.start - 1) % self.every  # of this step in its period, from 0
         watching = (step > self.start) & (place < self.window)
-        distances = lax.cond(
-            watching, self._further, lambda distances, old, new: distances, distances, old, new
-        )
         ends = watching & (place == self.window - 1)
-        return lax.cond(ends, self._reset, _nothing, distances, new)
+        stage = watching.astype(jnp.int32) + ends.astype(jnp.int32)
+        branches = (_nothing, self._track, self._track_and_reset)
+        return lax.switch(stage, branches, place == 0, distances, old, new)
 
-    def _further(self, distances: Distances, old: Any, new: Any) -> Distances:
-        return Distances(
-            jax.tree.map(_add_path, distances.weight, old, new),
-            jax.tree.map(_add_path, distances.rounded, self._rounded(old), self._rounded(new)),
-        )
+    def _track(
+        self, begins: jax.Array, distances: Distances, old: Any, new: Any
+    ) -> tuple[Distances, Any, jax.Array]:
+        further = self._further(begins, distances, old, new, self._rounded(new))
+        return further, new, jnp.zeros((), jnp.int32)
 
-    def _reset(self, distances: Distances, weights: Any) -> tuple[Distances, Any, jax.Array]:
+    def _track_and_reset(
+        self, begins: jax.Array, distances: Distances, old: Any, new: Any
+    ) -> tuple[Distances, Any, jax.Array]:
         def oscillates(path, rounded_path, value):
             far = rounded_path >= jnp.float32(self.ratio) * path
             return far & (path > 0) & jnp.isfinite(value)
 
-        rounded = self._rounded(weights)
-        hit = jax.tree.map(oscillates, distances.weight, distances.rounded, rounded)
-        kept = jax.tree.map(
-            lambda h, q, w: jnp.where(h, q.astype(w.dtype), w), hit, rounded, weights
-        )
+        rounded = self._rounded(new)
+        full = self._further(begins, distances, old, new, rounded)
+        hit = jax.tree.map(oscillates, full.weight, full.rounded, rounded)
+        kept = jax.tree.map(lambda h, q, w: jnp.where(h, q.astype(w.dtype), w), hit, rounded, new)
         count = sum(jnp.sum(h, dtype=jnp.int32) for h in jax.tree.leaves(hit))
         return jax.tree.map(jnp.zeros_like, distances), kept, jnp.asarray(count, jnp.int32)
+
+    def _further(
+        self, begins: jax.Array, distances: Distances, old: Any, new: Any, rounded: Any
+    ) -> Distances:
+        # A window forgets the one before, whose end, with the reset, may have been a skipped step.
+        clean = jax.tree.map(lambda d: jnp.where(begins, jnp.float32(0), d), distances)
+        return Distances(
+            jax.tree.map(_add_path, clean.weight, old, new),
+            jax.tree.map(_add_path, clean.rounded, self._rounded(old), rounded),
+        )
 
     def _rounded(self, weights: Any) -> Any:
         return jax.tree.map(
@@ -119,21 +137,24 @@ class Reset:
 def flip_rate(old: Any, new: Any, format: str, rule: str | None = None) -> jax.Array:
     """Returns the share of all weights whose code differs between two steps, a float32 scalar; 0 and -0 are the same.
 
-    A block whose scale changes may keep its codes, and then counts as not flipped: this is about codes, not values.
+    A block whose scale changes may keep its codes, and then counts as not flipped: this is about codes, not values. A
+    block with a NaN or an infinity has zero codes.
 
     Args:
-      old, new: trees of weights.
+      old, new: trees of weights [..., N, K].
       format: key of formats.FORMATS.
       rule: scale rule.
     """
     flips = jax.tree.map(functools.partial(_flips, format=format, rule=rule), old, new)
+    count = sum(jax.tree.leaves(flips), jnp.zeros((), jnp.float32))
     size = sum(w.size for w in jax.tree.leaves(old))
-    return sum(jax.tree.leaves(flips), jnp.zeros((), jnp.float32)) / jnp.float32(max(size, 1))
+    return count / jnp.float32(max(size, 1))
 
 
 def _flips(old: jax.Array, new: jax.Array, *, format: str, rule: str | None) -> jax.Array:
     a, b = (_codes(_quantize(w, format, rule)) for w in (old, new))
-    return jnp.sum(a != b, dtype=jnp.float32)
+    # Counted as integers: float32 stops at 2^24 when ones are added to it.
+    return jnp.sum(a != b, dtype=jnp.int32).astype(jnp.float32)
 
 
 def _codes(q: formats.BlockScaled) -> jax.Array:
@@ -156,5 +177,8 @@ def _add_path(total: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     return total + jnp.abs(new.astype(jnp.float32) - old.astype(jnp.float32))
 
 
-def _nothing(distances: Distances, weights: Any) -> tuple[Distances, Any, jax.Array]:
-    return distances, weights, jnp.zeros((), jnp.int32)
+def _nothing(
+    begins: jax.Array, distances: Distances, old: Any, new: Any
+) -> tuple[Distances, Any, jax.Array]:
+    del begins, old
+    return distances, new, jnp.zeros((), jnp.int32)
