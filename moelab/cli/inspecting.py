@@ -52,9 +52,14 @@ def listing(args: argparse.Namespace) -> int:
         keys = ("name", "file", "doc", "presets")
         output.print_json([dict(zip(keys, row, strict=True)) for row in found])
     else:
-        rows = [(name, presets, doc) for name, _, doc, presets in found]
+        rows = [(name, _few(presets), doc) for name, _, doc, presets in found]
         output.print_table(("config", "presets", "what it is"), rows)
     return 0
+
+
+def _few(presets: list[str], most: int = 4) -> list[str]:
+    more = len(presets) - most
+    return [*presets[:most], f"... {more} more (--json)"] if more > 0 else presets
 
 
 def listed_fields(args: argparse.Namespace) -> list[tuple[fields.Field, object]]:
