@@ -189,7 +189,7 @@ def evaluate(
         found = measure(steps[program], variables, batches, len(part), sizes)
         reference = reference or found
         rows.append(_row(recipe, found, reference, part, dataset.domains, expert_bytes))
-        _add_documents(columns, name, found, part, dataset.domains)
+        add_documents(columns, name, found.nats_D, found.token_count_D, part, dataset.domains)
     share = reference.load_MGE / np.maximum(reference.load_MGE.sum(axis=2, keepdims=True), 1)
     used = reference.token_count_D > 0
     return Evaluated(
@@ -275,15 +275,18 @@ def _row(recipe, found: Measured, reference: Measured, part, domains, expert_byt
     }
 
 
-def _add_documents(columns: dict[str, list], name: str, found: Measured, part, domains) -> None:
-    for d in np.flatnonzero(found.token_count_D):
+def add_documents(
+    columns: dict[str, list], name: str, nats_D: np.ndarray, count_D: np.ndarray, part, domains
+) -> None:
+    """Appends the rows of one precision to the columns of documents.parquet; documents without targets are left out."""
+    for d in np.flatnonzero(count_D):
         values = {
             "precision": name,
             "domain": domains[part.domain_N[d]],
             "document": part.ids[d],
-            "nats": float(found.nats_D[d]),
+            "nats": float(nats_D[d]),
             "bytes": int(part.num_bytes_N[d]),
-            "tokens": int(found.token_count_D[d]),
+            "tokens": int(count_D[d]),
         }
         for key, value in values.items():
             columns.setdefault(key, []).append(value)

@@ -264,7 +264,7 @@ def make_train_step(
             loss=lm_loss,
             total_loss=total_loss,
             divergence=divergent,
-            flip_rate=flips,
+            flip_rate=jnp.where(finite, flips, jnp.nan),
             reset=jnp.where(finite, reset, 0),
             gradient_norm=norm,
             finite=finite,

@@ -14,6 +14,7 @@ import moelab
 from moelab import cli, environment, evaluate, manifest, quant
 from moelab import config as configs
 from moelab.quant import export, quantize, recipes, storage
+from moelab.report import documents, statistics
 
 CONFIG = dict(
     seed=3,
@@ -81,10 +82,18 @@ def made(run, tmp_path_factory):
 class TestWhatIsMade:
     def test_files(self, made):
         names = {path.name for path in made.out.iterdir()}
-        assert names == {"model.safetensors", "quantized.json", "quality.json", LAYOUT}
+        files = {"model.safetensors", "quantized.json", "quality.json", "documents.parquet"}
+        assert names == files | {LAYOUT}
         report = json.loads((made.out / "quality.json").read_text())
         assert [row["name"] for row in report["rows"]] == ["w4a4", "w4a16"]
         assert report["layers"] == [1, 2]
+
+    def test_documents_give_the_differences_again(self, made):
+        read = documents.read(made.out / "documents.parquet")
+        assert read.precisions == ("float32", "w4a4", "w4a16")
+        for row in made.found["rows"]:
+            again = statistics.bits_per_byte_difference(read, "float32", row["name"])
+            assert again._asdict() == pytest.approx(row["bits_per_byte_difference"], rel=1e-9)
 
     def test_losses_are_those_of_an_evaluation(self, made, run):
         names = ("float32", "nvfp4_w", "nvfp4_wa")

@@ -155,6 +155,7 @@ class _Tally:
             "tokens": int(kl.size),
             "documents": int((self._sums["count_D"] > 0).sum()),
             **self._losses(part, domains),
+            "columns": self._columns(part, domains),
             "kl": {"mean": float(kl.mean()), "p99": float(np.percentile(kl, 99))},
             "layers": model_lib.moe_layers(config),
             "router": self._router(config),
@@ -182,6 +183,15 @@ class _Tally:
             bits = statistics.ratio_difference(*pair, nbytes * math.log(2), domain_D)
             result["bits_per_byte_difference"] = bits._asdict()
         return result
+
+    def _columns(self, part, domains: Sequence[str]) -> dict[str, list]:
+        """The columns of documents.parquet for the reference and the subject."""
+        columns: dict[str, list] = {}
+        names = (self._pair[0].name, self.subject.name)
+        for side, name in zip(("reference", "subject"), names, strict=True):
+            sums = self._sums[f"{side}_nats_D"], self._sums["count_D"]
+            evaluate.add_documents(columns, name, *sums, part, domains)
+        return columns
 
     def _router(self, config) -> dict[str, Any]:
         sums, tokens = self._sums, self._sums["tokens"]

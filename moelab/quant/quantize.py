@@ -17,8 +17,10 @@ from moelab.data import files
 from moelab.errors import ConfigError
 from moelab.quant import calibration, comparison, export, export_tensors, ptq, storage
 from moelab.quant.quantize_options import Options, check
+from moelab.report import documents
 
 REPORT = "quality.json"
+DOCUMENTS = "documents.parquet"  # nats of every document in float32 and in each scheme, as report/documents.py has them
 
 
 def quantize_run(workdir: str | Path, options: Options) -> dict[str, Any]:
@@ -48,9 +50,22 @@ def quantize_run(workdir: str | Path, options: Options) -> dict[str, Any]:
     stored = storage.load(options.out)
     found = comparison.describe(loaded, options, stored, input_amax, report)
     found |= {"method_report": report, "export": exported}
+    documents.write(Path(options.out) / DOCUMENTS, _columns(found["rows"]))
     text = json.dumps(metrics.plain(found), indent=2, allow_nan=False)
     files.write_atomically(Path(options.out) / REPORT, text + "\n")
     return found
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+    """Takes the documents' columns out of the rows and joins them; the reference, which each has, comes once."""
+    joined: dict[str, list] = {}
+    for i, row in enumerate(rows):
+        columns = row.pop("columns")
+        first = columns["precision"][0]
+        keep = [n for n, name in enumerate(columns["precision"]) if i == 0 or name != first]
+        for name, values in columns.items():
+            joined.setdefault(name, []).extend(values[n] for n in keep)
+    return joined
 
 
 def _calibrate(loaded: evaluate.Loaded, options: Options):
