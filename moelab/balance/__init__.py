@@ -8,19 +8,7 @@ optimizer step, on statistics of the whole global batch. It may define
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from moelab.registry import Registry
 
-KINDS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-
-
-def module(kind: str):
-    """Imports the file of a mechanism, or raises ValueError with the kinds that exist."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown balancing mechanism {kind!r}; choose from {', '.join(KINDS)}")
-    return importlib.import_module(f"{__name__}.{kind}")
-
-
-def make(kind: str, **fields):
-    """Builds the mechanism of that kind."""
-    return module(kind).Mechanism(**fields)
+_registry = Registry(__name__, __path__, "balancing mechanism", "Mechanism")
+KINDS, module, make = _registry.kinds, _registry.module, _registry.make

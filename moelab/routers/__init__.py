@@ -10,19 +10,7 @@ It may define `validate(fields, config) -> list[(field, message)]`, asked before
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from moelab.registry import Registry
 
-KINDS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-
-
-def module(kind: str):
-    """Imports the file of a router, or raises ValueError with the kinds that exist."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown router kind {kind!r}; choose from {', '.join(KINDS)}")
-    return importlib.import_module(f"{__name__}.{kind}")
-
-
-def make(kind: str, **fields):
-    """Builds the router of that kind."""
-    return module(kind).Router(**fields)
+_registry = Registry(__name__, __path__, "router kind", "Router")
+KINDS, module, make = _registry.kinds, _registry.module, _registry.make

@@ -11,29 +11,10 @@ subclass of `method.Method`, whose fields a caller may set, and fills in
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from moelab.registry import Registry
 
-KINDS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-
-
-def module(kind: str):
-    """Imports the file of a method, or raises ValueError with the kinds that exist."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown PTQ method {kind!r}; choose from {', '.join(KINDS)}")
-    return importlib.import_module(f"{__name__}.{kind}")
-
-
-def make(kind: str, **fields):
-    """Builds the method of that kind; ValueError for a field that it has not, or a value that it cannot take."""
-    method = module(kind).Method
-    known = method.__dataclass_fields__
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(
-            f"PTQ method {kind} has no field {unknown[0]!r}; fields: {', '.join(known) or 'none'}"
-        )
-    return method(**fields)
+_registry = Registry(__name__, __path__, "PTQ method", "Method")
+KINDS, module, make = _registry.kinds, _registry.module, _registry.make
 
 
 def __getattr__(name: str):
