@@ -26,12 +26,13 @@ def gather(workdir: Path) -> dict:
         seeds = [s for s in range(100) if _card(workdir, model, "", s) is not None]
         if not seeds:
             continue
+        formats = _formats(workdir, model, seeds)
         found[model] = {
             "seeds": seeds,
             "float32": [_bits(_card(workdir, model, "", s), "float32") for s in seeds],
-            "formats": _formats(workdir, model, seeds),
+            "formats": formats,
             "methods": _methods(workdir, model, seeds),
-            "training": _training(workdir, model, seeds),
+            "training": _training(workdir, model, seeds, formats),
         }
     return found
 
@@ -116,11 +117,11 @@ def _t(a: list[float], b: list[float]) -> dict:
     return {"estimate": found.mean, "low": found.low, "high": found.high}
 
 
-def _training(workdir: Path, model: str, seeds: list[int]) -> dict:
+def _training(workdir: Path, model: str, seeds: list[int], formats: list[dict]) -> dict:
     """Continued and low-precision training, each against its control on the seeds that both have."""
     rows = []
     for method in (*study.CONTINUED, *study.FROM_NOTHING):
-        control = "more" if method in study.CONTINUED else ""
+        control = _control(method)
         pairs = [
             (_card(workdir, model, control, s), _card(workdir, model, method, s)) for s in seeds
         ]
@@ -135,7 +136,7 @@ def _training(workdir: Path, model: str, seeds: list[int]) -> dict:
             rows.append(
                 {
                     "method": method,
-                    "control": control or "from nothing",
+                    "control": control,
                     "precision": precision,
                     "seeds": len(pairs),
                     "bits_per_byte": plain_statistics.fmean(mine),
@@ -143,17 +144,23 @@ def _training(workdir: Path, model: str, seeds: list[int]) -> dict:
                     "by_seed": [b - a for a, b in zip(float32, mine, strict=True)],
                 }
             )
-    return {"rows": rows, "recovered": _recovered(rows)}
+    return {"rows": rows, "recovered": _recovered(rows, formats)}
 
 
-def _recovered(rows: list[dict]) -> list[dict]:
+def _control(method: str) -> str:
+    """What a method is compared with: as many more steps on the data, but the teacher where that is all it learns."""
+    return "more" if method in study.CONTINUED and not method.endswith("qad") else ""
+
+
+def _recovered(rows: list[dict], formats: list[dict]) -> list[dict]:
     """Share of the control's rounding loss that each continued method takes back: 1 - its loss / the control's."""
     by = {(r["method"], r["precision"]): r for r in rows}
+    by |= {("", r["precision"]): r for r in formats}
     found = []
     for format in study.FORMATS:
         for scheme in ("w", "wa"):
-            base = by.get(("more", f"{format}_{scheme}"))
             for kind in ("qat", "qad"):
+                base = by.get((_control(f"{format}_{kind}"), f"{format}_{scheme}"))
                 row = by.get((f"{format}_{kind}", f"{format}_{scheme}"))
                 if base is None or row is None or len(row["by_seed"]) != len(base["by_seed"]):
                     continue
@@ -269,7 +276,7 @@ def _training_table(found: dict, models: list[str], heads: list[str]) -> str:
     for row in first:
         key = dict(method=row["method"], precision=row["precision"])
         mine = [_find(found[m]["training"]["rows"], **key) for m in models]
-        against = "`more`" if row["control"] == "more" else "the float32 run"
+        against = "`more`" if row["control"] else "the float32 run"
         rows.append([f"`{row['method']}`", f"`{row['precision']}`", against, *map(_cell, mine)])
     return _markdown(["training", "evaluated as", "against (in float32)", *heads], rows)
 
