@@ -16,6 +16,15 @@ from moelab.quant import recipes
 from moelab.report import documents, statistics
 
 ALL = "all"
+# (a, b): is b better than a? Paired directly, which two intervals against float32 do not tell.
+CONTRASTS = (
+    ("mxfp4", "nvfp4"),
+    ("nvfp4", "nvfp4_46"),
+    ("int4", "nvfp4"),
+    ("mxfp4_floor", "mxfp4_even"),
+    ("mxfp4", "mxfp4_even"),
+    ("mxfp4_ceil", "mxfp4"),
+)
 DOCUMENTS = "documents.parquet"
 
 
@@ -31,6 +40,7 @@ def gather(workdir: Path) -> dict:
             "seeds": seeds,
             "float32": [_bits(_card(workdir, model, "", s), "float32") for s in seeds],
             "formats": formats,
+            "contrasts": _contrasts(workdir, model, seeds),
             "methods": _methods(workdir, model, seeds),
             "training": _training(workdir, model, seeds, formats),
         }
@@ -72,6 +82,21 @@ def _formats(workdir: Path, model: str, seeds: list[int]) -> list[dict]:
                 "router_agreement": plain_statistics.fmean(r["router_agreement"] for r in own),
             }
         )
+    return rows
+
+
+def _contrasts(workdir: Path, model: str, seeds: list[int]) -> list[dict]:
+    """Round to nearest, format against format."""
+    tables = [
+        documents.read(study.directory(workdir, model, "", s) / documents.NAME) for s in seeds
+    ]
+    rows = []
+    for a, b in CONTRASTS:
+        for ending in ("w", "wa"):
+            names = f"{a}_{ending}", f"{b}_{ending}"
+            if all(name in tables[0].nats for name in names):
+                interval = statistics.seeds_then_documents(tables, *names)
+                rows.append({"a": names[0], "b": names[1], "difference": interval._asdict()})
     return rows
 
 
@@ -196,6 +221,8 @@ def tables(found: dict) -> str:
         [
             _reference(found),
             *_format_tables(found, models, heads),
+            "#### Round to nearest: format against format\n",
+            _contrast_table(found, models, heads),
             "#### Post-training methods\n",
             _method_table(found, models, heads),
             "#### Training\n",
@@ -253,6 +280,14 @@ def _find(rows: list[dict], **wanted) -> dict | None:
 
 def _cell(row: dict | None) -> str:
     return "" if row is None else _text(row["difference"])
+
+
+def _contrast_table(found: dict, models: list[str], heads: list[str]) -> str:
+    rows = []
+    for row in found[models[0]]["contrasts"]:
+        mine = [_find(found[m]["contrasts"], a=row["a"], b=row["b"]) for m in models]
+        rows.append([f"`{row['b']}`", f"`{row['a']}`", *map(_cell, mine)])
+    return _markdown(["format", "against", *heads], rows)
 
 
 def _method_table(found: dict, models: list[str], heads: list[str]) -> str:
