@@ -64,8 +64,8 @@ def _train(workdir: Path, model: str, method: str, seed: int, cores: list[int]) 
     if (target / "result.json").is_file():
         return True
     print(f"{model} {method}, seed {seed}", flush=True)
-    preset = f"{model}_{method}" if method else model
-    words = [f"--config={CONFIG}:{preset}", f"--workdir={target}", f"--config.seed={seed}"]
+    preset = f":{model}_{method}" if method else {"moe": "", "dense": ":dense"}[model]
+    words = [f"--config={CONFIG}{preset}", f"--workdir={target}", f"--config.seed={seed}"]
     if method in CONTINUED:
         words.append(f"--config.train.start_from={base}")
     if method.endswith("qad"):

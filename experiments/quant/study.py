@@ -1,11 +1,11 @@
 """Does 4-bit keep the quality? A MoE and the dense model of equal active parameters, by every recipe.
 
-    moelab run --config=experiments/quant/study.py:moe --workdir=runs/quant/moe
+    moelab run --config=experiments/quant/study.py --workdir=runs/quant/moe
     moelab run --config=experiments/quant/study.py:moe_nvfp4_qat --workdir=runs/quant/moe_nvfp4_qat \
         --config.train.start_from=runs/quant/moe
     python bench/quant_study.py run            # all of it, three seeds
 
-`moe` is ablation.py with the Switch loss; `dense` has one expert of twice the width, so that both run through the same
+Without a preset it is the MoE: ablation.py with the Switch loss; `dense` has one expert of twice the width, so that both run through the same
 code. What ends in `_more`, `_qat` or `_qad` goes on from a finished run for 60 steps at a fifth of the learning rate:
 `_more` in high precision, the control; `_qat` with fake quantization of weights and activations; `_qad` likewise, but
 towards the high-precision model's output distribution (set quantization.teacher to the same run) and at a tenth of that
@@ -67,7 +67,6 @@ for _format in FORMATS:
 
 PRESETS = {
     "": {},
-    "moe": {},
     "moe_more": {},
     "moe_nvfp4_qat": {},
     "moe_mxfp4_qat": {},
@@ -86,7 +85,7 @@ PRESETS = {
 }
 
 
-def get_config(preset: str = "moe") -> ml_collections.ConfigDict:
+def get_config(preset: str = "") -> ml_collections.ConfigDict:
     """Returns what differs from the base."""
     config = ml_collections.ConfigDict()
     model, _, method = (preset or "moe").partition("_")
