@@ -173,15 +173,19 @@ def evaluate(
       router_state: states of the balancing mechanisms, used and not changed.
       dataset: data.Dataset.
       split: validation or test.
-      precisions: names of quant.recipes; float32 is added where it is missing.
+      precisions: names of quant.recipes; float32 is added where it is missing, and what packs experts is left out of a
+        model without any. A run that trained under a recipe gets a row of that recipe, every role as in training.
     """
     part = dataset.split(split)
     batches = batches_of(config, dataset, split)
     sizes = (len(dataset.domains), config.moe.num_experts)
     rows, columns, steps, reference = [], {}, {}, None
     keep = model_lib.from_dataset(config, dataset).kept_blocks
+    packs = bool(model_lib.moe_layers(config))
     for name in dict.fromkeys((REFERENCE, *precisions)):
         recipe = recipes.get(name)
+        if recipe.packed and not packs:
+            continue  # it would be the reference under another name
         variables, expert_bytes = variables_of(params, router_state, recipe, keep)
         program = executed(recipe)
         if program not in steps:
@@ -190,6 +194,17 @@ def evaluate(
         reference = reference or found
         rows.append(_row(recipe, found, reference, part, dataset.domains, expert_bytes))
         add_documents(columns, name, found.nats_D, found.token_count_D, part, dataset.domains)
+    trained = model_lib.training_recipe(config)
+    if trained.quantizes:
+        model = model_lib.from_dataset(config, dataset, recipe=trained)
+        variables, expert_bytes = variables_of(params, router_state, trained, keep)
+        # The model rounds the master weights itself, in every role.
+        variables = {"params": params, "router_state": router_state}
+        found = measure(make_step(model), variables, batches, len(part), sizes)
+        rows.append(_row(trained, found, reference, part, dataset.domains, expert_bytes))
+        add_documents(
+            columns, trained.name, found.nats_D, found.token_count_D, part, dataset.domains
+        )
     share = reference.load_MGE / np.maximum(reference.load_MGE.sum(axis=2, keepdims=True), 1)
     used = reference.token_count_D > 0
     return Evaluated(
@@ -293,15 +308,15 @@ def add_documents(
 
 
 class Validator:
-    """Evaluates the training precision on the validation split while a run goes on; compiled once."""
+    """Evaluates a model on the validation split while a run goes on; compiled once."""
 
     def __init__(self, config, model: model_lib.Transformer, dataset):
         self._config, self._dataset = config, dataset
         self._step = make_step(model)
         self._batches = batches_of(config, dataset, "validation")
 
-    def record(self, state: step_lib.TrainState, step: int) -> dict[str, Any]:
-        """Returns the evaluation record of metrics.jsonl for a state."""
+    def record(self, state: step_lib.TrainState, step: int, precision: str) -> dict[str, Any]:
+        """Returns the evaluation record of metrics.jsonl for a state, under the precision's name."""
         config, dataset = self._config, self._dataset
         part = dataset.split("validation")
         variables = {"params": state.params, "router_state": state.router_state}
@@ -312,7 +327,7 @@ class Validator:
             "kind": "evaluation",
             "step": step,
             "split": "validation",
-            "precision": config.model.dtype,
+            "precision": precision,
             "loss": float(found.nats_D.sum() / found.token_count_D.sum()),
             "bits_per_byte": bits_per_byte(found, part, dataset.domains),
             "router": metrics.router_record(model_lib.moe_layers(config), load_ME),

@@ -111,9 +111,11 @@ class Block(nn.Module):
         self, x_BLD: jax.Array, inputs: RouterInput, trace: bool, cache_length: int
     ) -> tuple[jax.Array, moe.LayerReport | None, jax.Array | None]:
         config, scale = self.config, self.output_scale
+        # Gradients are rounded with other noise in every micro-batch.
+        random = linear.fold(inputs.key, inputs.position_T[0])
         normed = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BLD)
         attend = attention.Attention(config.attention, scale, name="attention")
-        x_BLD = x_BLD + attend(normed, cache_length, linear.fold(inputs.key, 2))
+        x_BLD = x_BLD + attend(normed, cache_length, linear.fold(random, 2))
         normed = RMSNorm(config.norm_epsilon, name="feed_forward_norm")(x_BLD)
         if config.moe is not None:
             block = soft_moe.SoftMoeBlock if config.moe.slots_per_expert else moe.MoeBlock
@@ -124,8 +126,8 @@ class Block(nn.Module):
         weights = self.param(
             "dense", lambda k: experts.init_swiglu(k, (), width, config.dense_width, scale)
         )
-        x_TD, random = normed.reshape(-1, width), linear.fold(inputs.key, 3)
-        y_TD = experts.swiglu(x_TD, weights, config.dense_precision, random)
+        x_TD = normed.reshape(-1, width)
+        y_TD = experts.swiglu(x_TD, weights, config.dense_precision, linear.fold(random, 3))
         return x_BLD + y_TD.reshape(x_BLD.shape), None, None
 
 

@@ -119,7 +119,7 @@ class MoeBlock(nn.Module):
         shared = {"router": router_params, "key": key}
         y_TD, routing = local(x_TD, per_token, shared, _bias(config, states), weights)
         if config.shared_width:
-            y_TD = y_TD + self._shared_experts(x_TD, key)
+            y_TD = y_TD + self._shared_experts(x_TD, linear.fold(key, inputs.position_T[0]))
         found = report(config, routing, states, trace)
         return y_TD.reshape(x_BLD.shape), found, routing.aux.logit_TC
 
@@ -216,7 +216,7 @@ def _rounding_key(config: MoeConfig, inputs: routing_lib.RouterInput) -> jax.Arr
     """A key for the gradients' rounding: of the step, the layer, and where these tokens are in the step's batch."""
     if config.precision is None or not config.precision.needs_key:
         return None
-    return linear.fold(linear.fold(inputs.key, 0), inputs.position_T[0])
+    return linear.fold(linear.fold(inputs.key, inputs.position_T[0]), 0)
 
 
 def report(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from moelab import experts, moe, parallel, routing
+from moelab.quant import linear
 
 
 class SoftMoeBlock(moe.MoeBlock):
@@ -36,9 +37,11 @@ class SoftMoeBlock(moe.MoeBlock):
         scale = self.param("scale", nn.initializers.ones, (), jnp.float32)
         mask_BL = inputs.mask_T.reshape(batch, length)
         local = parallel.shard_tokens(_local_forward(config), self.mesh, (True, True, False, False))
-        y_BLD, combine_BLP, logit_BLP = local(x_BLD, mask_BL, (phi_DP, scale), weights)
+        random = linear.fold(inputs.key, inputs.position_T[0])
+        shared = (phi_DP, scale, random)
+        y_BLD, combine_BLP, logit_BLP = local(x_BLD, mask_BL, shared, weights)
         if config.shared_width:
-            y_BLD = y_BLD + self._shared_experts(x_BLD.reshape(-1, width), inputs.key).reshape(
+            y_BLD = y_BLD + self._shared_experts(x_BLD.reshape(-1, width), random).reshape(
                 x_BLD.shape
             )
         described = _describe(config, inputs, combine_BLP, logit_BLP)
@@ -53,8 +56,10 @@ def _local_forward(config: moe.MoeConfig):
     """Returns the block as a function of one device's sequences."""
     num_experts, slots = config.router.num_experts, config.slots_per_expert
 
-    def forward(x_BLD, mask_BL, phi, weights):
-        phi_DP, scale = phi
+    def forward(x_BLD, mask_BL, shared, weights):
+        phi_DP, scale, random = shared
+        rounds = config.precision is not None and config.precision.needs_key
+        random = linear.fold(random, jax.lax.axis_index(parallel.DATA)) if rounds else None
         batch, _, width = x_BLD.shape
         x32_BLD = x_BLD.astype(jnp.float32)
         logit_BLP = jnp.einsum(
@@ -75,6 +80,7 @@ def _local_forward(config: moe.MoeConfig):
             experts.cast(weights["down"], x_BLD.dtype, config.precision),
             sizes_E,
             precision=config.precision,
+            key=random,
             implementation=config.implementation,
         )
         out_EBSD = out_ND.astype(jnp.float32).reshape(num_experts, batch, slots, width)

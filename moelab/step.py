@@ -93,7 +93,7 @@ def init_state(
         key=jax.random.key_data(run_key),
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
-        oscillation=watch.init(packing.expert_weights(variables["params"])) if watch else {},
+        oscillation=watch.init(rounded_weights(model, variables["params"])) if watch else {},
     )
 
 
@@ -129,14 +129,18 @@ def make_train_step(
     model: model_lib.Transformer,
     optimizer: optax.GradientTransformation,
     teacher_model: model_lib.Transformer | None = None,
+    *,
+    quantized: bool = True,
 ):
     """Returns step(state, batch, poison, teacher) -> (state, StepReport), to be jitted with the state donated.
 
     `batch` has token_BL, target_BL, mask_BL and domain_B. `poison` is 1.0; the reliability tests pass NaN to make the
     loss of a step non-finite. `teacher` holds the variables of the teacher model; leave it out where there is none.
+    `quantized` says whether config.quantization's recipe holds in this step: where not, oscillation is neither measured
+    nor reset.
     """
     count, share_of_teacher = config.train.accumulation_steps, config.quantization.teacher_share
-    watch = oscillation_reset(config)
+    watch = oscillation_reset(config) if quantized else None
 
     def forward(params, router_state, micro: _Micro):
         batch = micro.batch
@@ -245,8 +249,8 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        flips = _flip_rate(config, state, params)
-        params, watched, reset = _reset(watch, state, params)
+        flips = _flip_rate(config if quantized else None, model, state, params)
+        params, watched, reset = _reset(watch, model, state, params)
         router_state = update_router_state(model, router_state, reports, rows)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
         skipped = jnp.logical_not(finite).astype(jnp.int32)
@@ -274,13 +278,21 @@ def make_train_step(
     return step
 
 
-def _flip_rate(config, state: TrainState, params: Any) -> jax.Array:
-    """Share of the experts' weights whose code this step changes, every so many steps; NaN in between."""
-    every, recipe = config.quantization.flip_every, model_lib.training_recipe(config)
+def rounded_weights(model: model_lib.Transformer, params: Any) -> dict[str, jax.Array]:
+    """The experts' matrices that a recipe rounds, by path: not those of blocks in high precision."""
+    kept = {"/".join(names) for names in model.kept_blocks}
+    found = packing.expert_weights(params)
+    return {path: w for path, w in found.items() if "/".join(path.split("/")[:2]) not in kept}
+
+
+def _flip_rate(config, model, state: TrainState, params: Any) -> jax.Array:
+    """Share of the rounded weights whose code this step changes, every so many steps; NaN in between."""
     nothing = jnp.full((), jnp.nan, jnp.float32)
+    every = config.quantization.flip_every if config is not None else 0
     if not every:
         return nothing
-    trees = [packing.expert_weights(p) for p in (state.params, params)]
+    recipe = model_lib.training_recipe(config)
+    trees = [rounded_weights(model, p) for p in (state.params, params)]
     return jax.lax.cond(
         (state.step + 1) % every == 0,
         lambda old, new: oscillation.flip_rate(old, new, recipe.expert_weight, recipe.weight_rule),
@@ -289,11 +301,11 @@ def _flip_rate(config, state: TrainState, params: Any) -> jax.Array:
     )
 
 
-def _reset(watch: oscillation.Reset | None, state: TrainState, params: Any):
+def _reset(watch: oscillation.Reset | None, model, state: TrainState, params: Any):
     """Sets oscillating weights to their rounded value: (params, distances, how many)."""
     if watch is None:
         return params, state.oscillation, jnp.zeros((), jnp.int32)
-    old, new = packing.expert_weights(state.params), packing.expert_weights(params)
+    old, new = rounded_weights(model, state.params), rounded_weights(model, params)
     watched, new, count = watch.update(state.oscillation, old, new, state.step + 1)
     return packing.with_expert_weights(params, new), watched, count
 

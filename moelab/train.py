@@ -18,12 +18,22 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from moelab import checkpoint, data, evaluate, metrics, optimizer, parallel, record, upcycle
+from moelab import (
+    checkpoint,
+    data,
+    evaluate,
+    metrics,
+    optimizer,
+    parallel,
+    record,
+    restack,
+    upcycle,
+)
 from moelab import config as configs
 from moelab import model as model_lib
 from moelab import step as step_lib
@@ -100,8 +110,8 @@ class _Session:
         self.mesh = parallel.make_mesh()
         # The recipe's model, and the same in high precision for the steps before and after the recipe.
         self.plain_model = model_lib.from_dataset(config, dataset, self.mesh)
-        recipe = model_lib.training_recipe(config)
-        self.model = model_lib.from_dataset(config, dataset, self.mesh, recipe=recipe)
+        self.recipe = model_lib.training_recipe(config)
+        self.model = model_lib.from_dataset(config, dataset, self.mesh, recipe=self.recipe)
         self.teacher = _teacher(config, dataset, self.mesh)
         abstract = jax.eval_shape(lambda: model_lib.init(self.model, jax.random.key(0)))
         self.optimizer = optimizer.make(config, abstract["params"])
@@ -114,6 +124,8 @@ class _Session:
             workdir / "checkpoints", keep=config.checkpoint.keep, on_event=self._event_later
         )
         self.events: list[tuple[str, int, dict]] = []
+        if self.teacher is not None:
+            self._event_later("teacher", 0, self.teacher.detail)
         # The longest compilation goes on beside the restore, the start of the loader and the smaller programs.
         self.compiler = futures.ThreadPoolExecutor(1)
         self.programs: dict[bool, futures.Future] = {}
@@ -129,7 +141,9 @@ class _Session:
         )
         self.saved_step = self.first_step if self.first_step else -1
         self.skipped_in_row = int(self.state.skipped_in_row)
-        self.validator: evaluate.Validator | None = None
+        self.validators: dict[bool, evaluate.Validator] = {}
+        self.reset_weights = 0  # since the last train record
+        self.flip_rate = float("nan")  # the last one measured
 
     def __enter__(self) -> _Session:
         return self
@@ -156,8 +170,10 @@ class _Session:
 
     def _compile(self, quantized: bool) -> jax.stages.Compiled:
         model = self.model if quantized else self.plain_model
-        teacher_model, teacher = self.teacher or (None, None)
-        train_step = step_lib.make_train_step(self.config, model, self.optimizer, teacher_model)
+        teacher_model, teacher = self.teacher[:2] if self.teacher else (None, None)
+        train_step = step_lib.make_train_step(
+            self.config, model, self.optimizer, teacher_model, quantized=quantized
+        )
         shape = (self.config.train.batch_size, self.config.train.length)
         sharding = parallel.batch_sharding(self.mesh)
         array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
@@ -199,8 +215,12 @@ class _Session:
         """The first state, with the parameters and router state of another run of the same model."""
         run = self.config.train.start_from
         loaded = _load_other(run, self.dataset)
-        theirs = (loaded.state.params, loaded.state.router_state)
-        ours = (state.params, state.router_state)
+        model = model_lib.from_dataset(loaded.config, loaded.dataset)
+        trees, ours = (loaded.state.params, loaded.state.router_state), state[1:4:2]
+        try:  # layers in high precision make another grouping of the same blocks
+            theirs = tuple(restack.regrouped(model, self.model, tree) for tree in trees)
+        except ValueError:
+            theirs = trees
         if _shapes(theirs) != _shapes(ours):
             raise ConfigError(
                 f"train.start_from={run!r} has a model of other shapes than this config"
@@ -249,7 +269,7 @@ class _Session:
     def train(self, progress: bool) -> int:
         """Runs the remaining steps; returns the exit code."""
         config, num_steps = self.config, self.config.train.num_steps
-        teacher = self.teacher[1] if self.teacher else None
+        teacher = self.teacher.variables if self.teacher else None
         poisoned = _poisoned_steps()
         if self.first_step < num_steps:
             self._program(self.first_step + 1).result()  # outside of the measured time
@@ -273,6 +293,9 @@ class _Session:
         config = self.config
         self.window_tokens += int(np.sum(batch.mask_BL))
         self.skipped_in_row = int(report.skipped_in_row)  # waits for the step
+        self.reset_weights += int(report.reset)
+        if np.isfinite(report.flip_rate):
+            self.flip_rate = float(report.flip_rate)
         if not report.finite:
             note(f"step {step}: non-finite loss or gradient, skipped")
         if step % config.logging.every == 0 or step in (1, config.train.num_steps):
@@ -296,7 +319,7 @@ class _Session:
             "balance": {name: float(value) for name, value in report.balance.items()},
             "coefficient": {name: float(value) for name, value in report.coefficient.items()},
             "total_loss": float(report.total_loss),
-            **_quantization_record(config, report),
+            **self._quantization_record(report),
             "learning_rate": float(self.schedule(step - 1 - int(report.skipped))),
             "gradient_norm": float(report.gradient_norm),
             "tokens": step * config.train.batch_size * config.train.length,
@@ -314,11 +337,27 @@ class _Session:
             ),
         }
 
+    def _quantization_record(self, report) -> dict[str, float]:
+        """What a train record says of distillation, and of oscillation since the last record."""
+        q, found = self.config.quantization, {}
+        if q.teacher:
+            found["divergence"] = float(report.divergence)
+        if np.isfinite(self.flip_rate):
+            found["flip_rate"] = self.flip_rate
+        if q.reset_every:
+            found["reset_weights"] = self.reset_weights
+        self.flip_rate, self.reset_weights = float("nan"), 0
+        return found
+
     def _validate(self, step: int) -> None:
         started = time.perf_counter()
-        if self.validator is None:
-            self.validator = evaluate.Validator(self.config, self.model, self.dataset)
-        self.journal.write(self.validator.record(self.state, step))
+        # As the next step would compute it.
+        quantized = self._quantized(step + 1) and self.recipe.quantizes
+        if quantized not in self.validators:
+            model = self.model if quantized else self.plain_model
+            self.validators[quantized] = evaluate.Validator(self.config, model, self.dataset)
+        precision = self.recipe.name if quantized else self.config.model.dtype
+        self.journal.write(self.validators[quantized].record(self.state, step, precision))
         # Looking is not training: its time is left out of tokens/s and of `seconds`.
         spent = time.perf_counter() - started
         self.window_start += spent
@@ -359,27 +398,24 @@ class _Session:
         return record.conclude(self, config_file, overrides, command)
 
 
-def _quantization_record(config, report) -> dict[str, float]:
-    """What a train record says of distillation and oscillation, where the config has them."""
-    q, found = config.quantization, {}
-    if q.teacher:
-        found["divergence"] = float(report.divergence)
-    if q.flip_every and np.isfinite(report.flip_rate):
-        found["flip_rate"] = float(report.flip_rate)
-    if q.reset_every:
-        found["reset_weights"] = int(report.reset)
-    return found
+class _Teacher(NamedTuple):
+    """The high-precision model that is distilled, its variables, and where it comes from."""
+
+    model: model_lib.Transformer
+    variables: dict
+    detail: dict
 
 
-def _teacher(config, dataset, mesh) -> tuple[model_lib.Transformer, dict] | None:
-    """The high-precision model that is distilled, and its variables."""
+def _teacher(config, dataset, mesh) -> _Teacher | None:
+    """Loads the model that a config distils."""
     run = config.quantization.teacher
     if not run:
         return None
     loaded = _load_other(run, dataset)
     model = model_lib.from_dataset(loaded.config, dataset, mesh)
     variables = {"params": loaded.state.params, "router_state": loaded.state.router_state}
-    return model, jax.device_put(variables, parallel.replicated(mesh))
+    detail = {"run": run, "step": loaded.step, "digest": checkpoint.state_digest(loaded.state)}
+    return _Teacher(model, jax.device_put(variables, parallel.replicated(mesh)), detail)
 
 
 def _load_other(run: str, dataset) -> evaluate.Loaded:

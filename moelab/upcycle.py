@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from moelab import model as model_lib
+from moelab import restack
 from moelab.errors import ConfigError
 
 
@@ -92,10 +93,12 @@ def params(config, model: model_lib.Transformer, fresh: Any, dense_model, dense:
     Raises:
       ConfigError: shapes that do not go together; names the first.
     """
-    old = list(_blocks(dense_model, dense))
+    old = list(restack.blocks(dense_model, dense))
     new = [
         _block(config, block, mine, theirs)
-        for block, mine, theirs in zip(_configs(model), _blocks(model, fresh), old, strict=False)
+        for block, mine, theirs in zip(
+            _configs(model), restack.blocks(model, fresh), old, strict=False
+        )
     ]
     if len(old) != len(list(_configs(model))):
         raise ConfigError(f"upcycle.run has {len(old)} layers, model.num_layers is {len(new)}")
@@ -104,7 +107,7 @@ def params(config, model: model_lib.Transformer, fresh: Any, dense_model, dense:
     if set(rest) != set(mine):
         raise ConfigError("upcycle.run has another head: set model.tied_head as it has")
     jax.tree.map_with_path(_check, mine, rest)
-    return rest | _stacked(model, new)
+    return rest | restack.stacked(model, new)
 
 
 def _block(config, block: model_lib.BlockConfig, fresh: dict, dense: dict) -> dict:
@@ -157,25 +160,3 @@ def _check(name, mine, theirs) -> None:
 def _configs(model: model_lib.Transformer):
     for segment in model.segments:
         yield from segment.blocks * segment.count
-
-
-def _blocks(model: model_lib.Transformer, params: Any):
-    """Parameters of each block, in order."""
-    for i, segment in enumerate(model.segments):
-        for repeat in range(segment.count):
-            for j in range(len(segment.blocks)):
-                stacked = params[f"segment_{i}"][f"block_{j}"]
-                yield jax.tree.map(lambda a, n=repeat: a[n], stacked)
-
-
-def _stacked(model: model_lib.Transformer, blocks: list[dict]) -> dict:
-    """Blocks in order, back in their segments."""
-    result, first = {}, 0
-    for i, segment in enumerate(model.segments):
-        size = len(segment.blocks)
-        mine = blocks[first : first + size * segment.count]
-        result[f"segment_{i}"] = {
-            f"block_{j}": jax.tree.map(lambda *a: jnp.stack(a), *mine[j::size]) for j in range(size)
-        }
-        first += size * segment.count
-    return result

@@ -103,13 +103,15 @@ class TestWhatIsMade:
         for row in rows.values():
             assert row[0] == pytest.approx(plain, rel=1e-6)
         assert rows["w4a16"][1] == pytest.approx(weights, rel=1e-6)
-        assert rows["w4a4"][1] == pytest.approx(both, rel=1e-6)
+        # The export carries static scales, so w4a4 is evaluated with them, not per token.
+        assert made.found["activation_scale"] == "static"
+        assert rows["w4a4"][1] != both and rows["w4a4"][1] == pytest.approx(both, rel=0.02)
         assert rows["w4a16"][1] != rows["w4a4"][1]
         assert made.found["rows"][0]["tokens"] == section["tokens"]
 
     def test_the_stored_run_evaluates_to_the_same_loss(self, made, run):
         packed, loaded = storage.load(made.out), evaluate.load_run(run)
-        recipe = recipes.named("w4a4")
+        recipe = recipes.named("w4a16")
         variables, _ = evaluate.packed_variables(
             packed.rest, packed.quantized, packed.router_state, recipe
         )
@@ -118,7 +120,18 @@ class TestWhatIsMade:
         part = loaded.dataset.split("test")
         found = evaluate.measure(step, variables, batches, len(part), (2, 4))
         loss = found.nats_D.sum() / found.token_count_D.sum()
-        assert made.found["rows"][0]["loss"][1] == pytest.approx(loss, rel=1e-6)
+        assert made.found["rows"][1]["loss"][1] == pytest.approx(loss, rel=1e-6)
+
+    def test_per_token_scales_are_those_of_an_evaluation(self, run, tmp_path):
+        options = quantize.Options(out=tmp_path / "q", schemes=("w4a4",))
+        (row,) = quantize.quantize_run(run, options)["rows"]
+        wanted = evaluate.evaluate_run(run, precisions=("float32", "nvfp4_wa"))["rows"][1]
+        assert row["loss"][1] == pytest.approx(wanted["loss"], rel=1e-6)
+
+    def test_a_search_by_the_outputs_calibrates(self, run, tmp_path):
+        fields = {"search": "output"}
+        options = quantize.Options(out=tmp_path / "q", method_fields=fields, min_tokens=10)
+        assert quantize.quantize_run(run, options)["calibration"] is not None
 
     def test_packed_weights_are_those_of_pack(self, made, run):
         params = evaluate.load_run(run).state.params
@@ -299,6 +312,8 @@ class TestRefusals:
             (f"--format=mxfp4 --export={LAYOUT}", "holds nvfp4, .*; the experts are mxfp4"),
             ("--format=mxfp4 --activation_scale=static", "for the NVFP4 formats, not mxfp4"),
             ("--step=3", "no step 3 in "),
+            ("--activation_scale=static", "is for w4a4, which is not among the recipes"),
+            ("--recipe=w4a4,w4a4", "each recipe is named once, got w4a4, w4a4"),
             ("--split=train", "no --split choice 'train'"),
             ("--min_tokens=0", "min_tokens"),
         ],

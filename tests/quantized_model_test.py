@@ -257,6 +257,22 @@ def problems(**quantization):
         ),
         (dict(activation_scale="per_row"), "quantization.activation_scale", "choose from per_tok"),
         (dict(activation_scale="static"), "quantization.activation_scale", "nothing is calibrated"),
+        (
+            dict(roles=("expert_down.activation=nvfp4_2d",)),
+            "quantization.roles",
+            "expert_down.activation=nvfp4_2d shares scales between rows",
+        ),
+        (
+            dict(roles=("embedding.weight=fp8_block",)),
+            "quantization.roles",
+            "embedding.weight=fp8_block shares scales between rows",
+        ),
+        (
+            dict(recipe="w4a16", roles=("expert_down.gradient=nvfp4",)),
+            "quantization.roles",
+            "expert_down: with a format for dy, x needs one too",
+        ),
+        (dict(start_step=200), "quantization.start_step", "less than train.num_steps=200"),
         (dict(start_step=-1), "quantization.start_step", "at least 0"),
         (dict(start_step=5, end_step=5), "quantization.end_step", "more than"),
         (dict(teacher="nowhere"), "quantization.teacher", "must be the directory of a run"),
@@ -298,3 +314,30 @@ def test_a_shared_scale_leaks_and_the_model_says_so(scale):
         ).leak
         == ""
     )
+
+
+def test_micro_batches_round_with_noise_of_their_own():
+    """Eight equal sequences: noise that repeated itself would add up to itself."""
+    transformer = model.from_config(CONFIG, VOCAB, recipe=recipes.named("nvfp4_training"))
+    one = make_inputs(batch=1)
+
+    @jax.jit
+    def gradient(first):
+        inputs = one._replace(key=jnp.array([0, 7], jnp.uint32), row_B=first[None])
+
+        def loss(params):
+            out = transformer.apply(variables() | {"params": params}, inputs, train=True)
+            return jnp.sum(out.hidden_BLD[..., 0])
+
+        return jax.grad(loss)(variables()["params"])
+
+    a, b = (gradient(jnp.int32(i)) for i in (0, 3))
+    for path in (
+        ("segment_1", "block_0", "moe", "shared", "down"),
+        ("segment_1", "block_0", "moe", "experts", "down"),
+        ("segment_0", "block_0", "dense", "down"),
+    ):
+        x, y = a, b
+        for key in path:
+            x, y = x[key], y[key]
+        assert np.any(x != y), path

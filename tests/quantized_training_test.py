@@ -6,6 +6,9 @@ from small_run import config_with, write_text
 
 import moelab
 from moelab import evaluate, metrics
+from moelab.quant import packing
+from moelab.report.verify import verify
+from pallas_kernels import formats
 
 RECIPE = dict(recipe="nvfp4_training")
 
@@ -115,6 +118,81 @@ def test_oscillation_is_measured_and_reset(run):
     assert 0 < records[1]["flip_rate"] < 1
     # A tiny ratio resets whatever flipped in the window, which ends with step 3.
     assert [r["reset_weights"] > 0 for r in records] == [False, False, True, False]
+
+
+def test_oscillation_leaves_layers_and_steps_in_high_precision_alone(run):
+    """Resets would show in the weights: they become what they round to."""
+    quantization = dict(recipe="nvfp4_qat", flip_every=1, first_layers=1, reset_every=2)
+    quantization |= dict(reset_window=2, reset_ratio=1e-6, start_step=2)
+    result, records = run(
+        model=dict(num_layers=2),
+        train=dict(num_steps=4),
+        schedule=dict(warmup_steps=0),
+        quantization=quantization,
+    )
+    assert [r["reset_weights"] > 0 for r in records] == [False, False, False, True]
+    assert ["flip_rate" in r for r in records] == [False, False, True, True]
+    weights = packing.expert_weights(evaluate.load_run(result.directory).state.params)
+    share = {}
+    for path, w in weights.items():
+        value = formats.dequantize(formats.quantize(w, "nvfp4", num_batch_axes=2))
+        share[path.split("/")[0]] = float(np.mean(np.asarray(value) == np.asarray(w)))
+    assert share["segment_0"] < 0.05 < 0.5 < share["segment_1"]
+
+
+def test_what_happens_between_two_records_is_not_lost(run):
+    quantization = dict(
+        recipe="nvfp4_qat", flip_every=2, reset_every=3, reset_window=3, reset_ratio=1e-3
+    )
+    sections = dict(train=dict(num_steps=4), quantization=quantization)
+    _, every = run(**sections)
+    _, few = run(**sections, logging=dict(every=10))
+    assert [r["step"] for r in few] == [1, 4]
+    assert few[-1]["reset_weights"] == sum(r["reset_weights"] for r in every[1:]) > 0
+    assert few[-1]["flip_rate"] == every[3]["flip_rate"]
+
+
+def test_continuing_with_layers_in_high_precision(run, tmp_path):
+    sections = dict(model=dict(num_layers=3), train=dict(num_steps=2))
+    base, _ = run(**sections)
+    start = dict(sections["train"], start_from=str(base.directory))
+    plain, plain_records = run(model=sections["model"], train=start)
+    kept = dict(recipe="nvfp4_qat", first_layers=3)
+    _, records = run(model=sections["model"], train=start, quantization=kept)
+    assert losses(records) == losses(plain_records)  # every layer stays in high precision
+    _, records = run(model=sections["model"], train=start, quantization=kept | dict(first_layers=1))
+    assert np.allclose(losses(records), losses(plain_records), rtol=0.02)
+    assert losses(records) != losses(plain_records)
+
+
+def test_a_validation_says_what_it_computed(run):
+    result, _ = run(
+        quantization=RECIPE | dict(start_step=2), evaluation=dict(every=1), train=dict(num_steps=3)
+    )
+    records = metrics.read(result.directory / "metrics.jsonl")
+    names = [r["precision"] for r in records if r["kind"] == "evaluation"]
+    assert names[:2] == ["float32", "nvfp4_training"]
+
+
+def test_the_card_has_a_row_of_the_recipe_that_trained(run):
+    result, _ = run(moe=dict(num_experts=0), quantization=dict(recipe="nvfp4_qat"), balance={})
+    rows = {row["precision"]: row for row in result.card["evaluation"]["rows"]}
+    assert list(rows) == ["float32", "nvfp4_qat"]  # nothing to pack: no nvfp4_wa
+    assert rows["nvfp4_qat"]["loss_delta"] != 0
+    assert verify(result.directory) == []
+
+
+def test_the_teacher_is_recorded(run, plain):
+    directory = str(plain[0].directory)
+    result, _ = run(quantization=dict(teacher=directory))
+    records = metrics.read(result.directory / "metrics.jsonl")
+    (event,) = [r for r in records if r["kind"] == "event" and r["event"] == "teacher"]
+    assert event["detail"]["digest"] == plain[0].card["checkpoint"]["digest"]
+
+
+def test_soft_moe_trains_with_quantized_gradients(run):
+    _, records = run(moe=dict(slots_per_expert=2), quantization=RECIPE, balance={})
+    assert np.isfinite(losses(records)).all()
 
 
 def test_a_resumed_run_takes_the_same_path(run, tmp_path, monkeypatch):

@@ -26,5 +26,5 @@ def config_with(folder, **sections):
     """CONFIG on that text, with fields of sections changed."""
     config = CONFIG | {"data": dict(kind="text", path=str(folder))}
     for name, fields in sections.items():
-        config[name] = dict(config[name] if name in config else {}) | fields
+        config[name] = (dict(config[name]) if name in config and fields else {}) | fields
     return config

@@ -68,7 +68,7 @@ def _subject(loaded, options, stored: storage.PackedRun, name: str, input_amax):
         recipes.named(name, options.format), rotation=stored.facts["rotation"]
     )
     quantized = stored.quantized
-    if name == "w4a4" and options.activation_scale == "static":
+    if name == "w4a4" and options.scale == "static":
         recipe = dataclasses.replace(recipe, activation_scale="static")
         quantized = _with_amax(loaded, quantized, input_amax)
     rest = jax.tree.map(_widened, stored.rest)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ml_collections
 
-from moelab.quant import recipes
+from moelab.quant import precisions, recipes
 from pallas_kernels.formats import FORMATS
 
 SECTION = "quantization"
@@ -21,9 +21,9 @@ def problems(config: ml_collections.ConfigDict) -> Iterator[tuple[str, str]]:
     except ValueError as error:
         yield f"{SECTION}.{_field(str(error))}", str(error)
         return
-    yield from _numbers(q)
-    yield from _formats(q)
-    yield from _roles(config, recipe)
+    yield from _numbers(q, config.train.num_steps)
+    unknown = list(_formats(q))
+    yield from unknown or _roles(config, recipe)
     yield from _other_runs(config)
     yield from _oscillation(config, recipe)
 
@@ -35,7 +35,7 @@ def _field(message: str) -> str:
     return "recipe" if "unknown recipe" in message else "roles"
 
 
-def _numbers(q: ml_collections.ConfigDict) -> Iterator[tuple[str, str]]:
+def _numbers(q: ml_collections.ConfigDict, num_steps: int) -> Iterator[tuple[str, str]]:
     least = dict.fromkeys(
         ("start_step", "end_step", "first_layers", "last_layers", "flip_every"), 0
     ) | dict.fromkeys(("reset_every", "reset_start"), 0)
@@ -45,6 +45,9 @@ def _numbers(q: ml_collections.ConfigDict) -> Iterator[tuple[str, str]]:
     if 0 < q.end_step <= q.start_step:
         message = f"must be 0 or more than quantization.start_step={q.start_step}, got {q.end_step}"
         yield f"{SECTION}.end_step", message
+    if q.start_step and q.start_step >= num_steps:
+        message = f"must be less than train.num_steps={num_steps}, got {q.start_step}"
+        yield f"{SECTION}.start_step", message
     if not 0 <= q.teacher_share <= 1:
         yield f"{SECTION}.teacher_share", f"must be between 0 and 1, got {q.teacher_share}"
     if not q.temperature > 0:
@@ -78,10 +81,31 @@ def _roles(config: ml_collections.ConfigDict, recipe: recipes.Recipe) -> Iterato
         yield f"{SECTION}.recipe", f"{recipe.name} quantizes nothing that this model has"
     for role, names in widths.items():
         formats = getattr(recipe, role)
+        if not names or formats == recipes.PLAIN:
+            continue
+        yield from _one_row(role, formats)
+        try:
+            precisions.matmul(recipe, formats, routed=role in recipes.EXPERT_ROLES)
+        except ValueError as error:
+            yield f"{SECTION}.roles", f"{role}: {error}"
         for path, width, parts in names:
             for part in parts:
                 format = getattr(formats, part)
                 yield from _divides(role, part, format, path, width)
+
+
+def _one_row(role: str, formats: recipes.Formats) -> Iterator[tuple[str, str]]:
+    """Formats whose scales span rows mix tokens, or ids: only matrices of feed-forwards and projections have them."""
+    parts = ["activation", "gradient"]
+    if role in ("router", "embedding", "head"):
+        parts.append("weight")
+    for part in parts:
+        format = getattr(formats, part)
+        if format in FORMATS and (FORMATS[format].block_rows > 1):
+            yield (
+                f"{SECTION}.roles",
+                f"{role}.{part}={format} shares scales between rows; choose a 1D format",
+            )
 
 
 def _divides(role, part, format, path, width) -> Iterator[tuple[str, str]]:

@@ -106,7 +106,7 @@ def _pack(loaded: evaluate.Loaded, options: Options, method, statistics):
         "format": options.format,
         "rule": report["rule"],
         "recipe": options.schemes[0],
-        "activation_scale": options.activation_scale,
+        "activation_scale": options.scale,
         "method": {"kind": options.method, "fields": dataclasses.asdict(method)},
         "rotation": report["rotation"],
         "calibration": None if statistics is None else _coverage(options, statistics),

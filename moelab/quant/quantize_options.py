@@ -55,10 +55,15 @@ class Options:
     gate_weighted: bool = False
 
     @property
+    def scale(self) -> str:
+        """The scales under which w4a4 is evaluated: those of the export, where it carries its own."""
+        exported = bool(self.layout) and export.LAYOUTS[self.layout].static_input_scale
+        return "static" if exported and self.schemes[0] == "w4a4" else self.activation_scale
+
+    @property
     def static(self) -> bool:
         """Whether something needs the calibrated maxima of the activations."""
-        exported = bool(self.layout) and export.LAYOUTS[self.layout].static_input_scale
-        return "w4a4" in self.schemes and (self.activation_scale == "static" or exported)
+        return "w4a4" in self.schemes and self.scale == "static"
 
 
 def check(config, options: Options):
@@ -74,8 +79,12 @@ def check(config, options: Options):
         export.check_model(config, options.layout, options.format)
         if options.schemes[0] == "w4a8":
             raise ConfigError(f"{options.layout} has no w4a8; export w4a16 or w4a4")
+    if len(set(options.schemes)) < len(options.schemes):
+        raise ConfigError(f"each recipe is named once, got {', '.join(options.schemes)}")
     if options.activation_scale == "static" and formats.FORMATS[options.format].scale != "e4m3":
         raise ConfigError(f"activation_scale=static is for the NVFP4 formats, not {options.format}")
+    if options.activation_scale == "static" and "w4a4" not in options.schemes:
+        raise ConfigError("activation_scale=static is for w4a4, which is not among the recipes")
     try:
         method = ptq.make(options.method, **options.method_fields)
     except ValueError as error:

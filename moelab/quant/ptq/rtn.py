@@ -18,6 +18,11 @@ class Method(scale_search.Searched):
 
     allowed: ClassVar[tuple[str, ...]] = tuple(formats.FORMATS)
 
+    @property
+    def needs_statistics(self) -> bool:
+        """A search by the error of the outputs needs their Hessians."""
+        return self.search == "output"
+
     def apply(self, weights, statistics, format, rule) -> method.LayerResult:
         packed = {
             name: self.rounded(weights[name], method.hessian_of(statistics, name), format, rule)
