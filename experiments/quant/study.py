@@ -5,12 +5,12 @@
         --config.train.start_from=runs/quant/moe
     python bench/quant_study.py run            # all of it, three seeds
 
-Without a preset it is the MoE: ablation.py with the Switch loss; `dense` has one expert of twice the width, so that both run through the same
-code. What ends in `_more`, `_qat` or `_qad` goes on from a finished run for 60 steps at a fifth of the learning rate:
-`_more` in high precision, the control; `_qat` with fake quantization of weights and activations; `_qad` likewise, but
-towards the high-precision model's output distribution (set quantization.teacher to the same run) and at a tenth of that
-rate: at the full one the divergence in training grew, on the one seed that was tried. `_training` starts from nothing
-with quantized gradients.
+Without a preset it is the MoE: ablation.py with the Switch loss; `dense` has one expert of twice the width, so that
+both run through the same code. What ends in `_more`, `_qat` or `_qad` goes on from a finished run for 60 steps at a
+fifth of the learning rate: `_more` in high precision, the control; `_qat` with fake quantization of weights and
+activations; `_qad` likewise, but towards the high-precision model's output distribution (set quantization.teacher to
+the same run) and at a tenth of that rate: at the full one the divergence in training grew, on the one seed that was
+tried. `_training` starts from nothing with quantized gradients.
 
 Lab book
   machine    2 cores of an AMD EPYC (AVX2), 24 GiB, jax 0.12.0.1
