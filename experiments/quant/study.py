@@ -13,7 +13,7 @@ the same run) and at a tenth of that rate: at the full one the divergence in tra
 tried. `_training` starts from nothing with quantized gradients.
 
 Lab book
-  machine    2 cores of an AMD EPYC (AVX2), 24 GiB, jax 0.12.0.1
+  machine    2 cores of an AMD EPYC (AVX-512), 24 GiB, jax 0.12.0.1
   wall time  see experiments/README.md
   result     see experiments/README.md, which is generated from the result cards
   date       2026-11-24, schema 1
