@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moelab import routing, scores
+from moelab import routing, scores, selection
 
 
 class Router(nn.Module):
@@ -66,7 +66,7 @@ class Router(nn.Module):
             return inputs.replay_TK
         if bias_C is not None:
             rank_TC = rank_TC + bias_C[None, :]
-        return scores.top_k(rank_TC, self.k)
+        return selection.top_k(rank_TC, self.k)
 
 
 def check_count(fields: dict, config, *names: str) -> list[tuple[str, str]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from moelab import selection
+
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 
 
@@ -50,16 +52,21 @@ def _log_softplus(z: jax.Array) -> jax.Array:
     return jnp.where(low, z, jnp.log(jax.nn.softplus(jnp.where(low, 0.0, z))))
 
 
-def top_k(rank_TC: jax.Array, k: int) -> jax.Array:
-    """Returns the columns of the k largest values, largest first, ties to the lowest column: (T, k) int32."""
-    return jax.lax.top_k(jax.lax.stop_gradient(rank_TC), k)[1]
-
-
+@jax.custom_jvp
 def select(value_TC: jax.Array, column_TK: jax.Array) -> jax.Array:
     """Reads value[t, column[t, k]]: (T, K), 0 for columns from C on. The gradient is dense, without a scatter."""
+    columns = value_TC.shape[1]
+    found_TK = jnp.take_along_axis(value_TC, jnp.minimum(column_TK, columns - 1), axis=1)
+    return jnp.where(column_TK < columns, found_TK, jnp.zeros((), value_TC.dtype))
+
+
+@select.defjvp
+def _select_jvp(primals, tangents):
+    (value_TC, column_TK), (dvalue_TC, _) = primals, tangents
     columns = jnp.arange(value_TC.shape[1], dtype=column_TK.dtype)
     hit_TKC = column_TK[:, :, None] == columns[None, None]
-    return jnp.sum(jnp.where(hit_TKC, value_TC[:, None, :], 0), axis=-1)
+    picked_TKC = jnp.where(hit_TKC, dvalue_TC[:, None, :], jnp.zeros((), dvalue_TC.dtype))
+    return select(value_TC, column_TK), jnp.sum(picked_TKC, axis=-1)
 
 
 def renormalise(weight_TK: jax.Array) -> jax.Array:
@@ -95,7 +102,7 @@ def keep_best_groups(rank_TC: jax.Array, num_groups: int, kept: int, rule: str) 
     num_tokens, columns = rank_TC.shape
     grouped_TGC = rank_TC.reshape(num_tokens, num_groups, columns // num_groups)
     best = jax.lax.top_k(grouped_TGC, {"max": 1, "sum_top2": min(2, grouped_TGC.shape[2])}[rule])[0]
-    group_TK = top_k(jnp.sum(best, axis=-1), kept)
+    group_TK = selection.top_k(jnp.sum(best, axis=-1), kept)
     hit_TKG = group_TK[:, :, None] == jnp.arange(num_groups, dtype=group_TK.dtype)[None, None]
     stays_TG = jnp.any(hit_TKG, axis=1)
     return jnp.where(stays_TG[:, :, None], grouped_TGC, -jnp.inf).reshape(rank_TC.shape)

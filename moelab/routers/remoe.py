@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moelab import router, routing, scores
+from moelab import router, routing, scores, selection
 
 
 class Router(router.Router):
@@ -42,7 +42,7 @@ class Router(router.Router):
         gate_TC = jax.nn.relu(logit_TC)
         column_TK = inputs.replay_TK
         if column_TK is None:
-            column_TK = scores.top_k(logit_TC, self.slots)
+            column_TK = selection.top_k(logit_TC, self.slots)
         weight_TK = scores.select(gate_TC, column_TK)
         # Not (weight > 0): a NaN gate stays active, and stays visible.
         column_TK = jnp.where(weight_TK <= 0, self.num_columns, column_TK)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moelab import router, routing, scores
+from moelab import router, routing, scores, selection
 
 
 class Router(router.Router):
@@ -42,7 +42,7 @@ class Router(router.Router):
         column_TK = inputs.replay_TK
         if column_TK is None:
             rank_TC = prob_TC if selection_bias_C is None else prob_TC + selection_bias_C[None]
-            column_TK = scores.top_k(rank_TC, self.slots)
+            column_TK = selection.top_k(rank_TC, self.slots)
             # An expert is needed while those before it have not reached the threshold. NaN is needed, and visible.
             weight_TK = jax.lax.stop_gradient(scores.select(prob_TC, column_TK))
             before_TK = jnp.cumsum(weight_TK, axis=-1) - weight_TK
