@@ -222,3 +222,25 @@ def test_what_cannot_be_cast_is_refused():
         ValueError, match="traced scales fit: call it outside jit, or with rounding"
     ):
         jax.jit(formats.mxfp4_to_nvfp4)(mxfp4([[100]]))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "mxfp8_e4m3"])
+def test_arranged_for_tensor_cores_and_back(format):
+    w_ENK = jax.random.normal(jax.random.key(0), (3, 40, 96))
+    q = formats.quantize(w_ENK, format)
+    tiles = formats.arranged(q, "tcgen05")
+    assert tiles.scales.shape == (3, 1, -(-96 // formats.FORMATS[format].block // 4), 32, 16)
+    assert tiles.shape == q.shape
+    assert np.array_equal(formats.arranged(tiles, "linear").scales, q.scales)
+    assert np.array_equal(formats.dequantize(tiles), formats.dequantize(q))
+    # Slicing the leading axis, as scan does, keeps an expert's own tiles.
+    one = jax.tree.map(lambda leaf: leaf[1], tiles)
+    assert np.array_equal(formats.dequantize(one), formats.dequantize(q)[1])
+
+
+def test_arranged_refuses_what_has_no_tiles():
+    q = formats.quantize(jnp.ones((128, 128)), "fp8_block")
+    with pytest.raises(ValueError, match="only byte scales"):
+        formats.arranged(q, "tcgen05")
+    with pytest.raises(ValueError, match="linear or tcgen05"):
+        formats.arranged(q, "hopper")

@@ -7,6 +7,7 @@
 
 from pallas_kernels.formats.block_scaled import (
     BlockScaled,
+    arranged,
     count_nonfinite,
     dequantize,
     nbytes,
@@ -32,16 +33,17 @@ from pallas_kernels.formats.table import FORMATS, Format
 from pallas_kernels.formats.views import from_swizzled, mxfp4_to_nvfp4, swizzled_scales
 
 __all__ = [
+    "BlockScaled",
     "E2M1",
     "E4M3",
     "E5M2",
+    "Element",
     "FORMATS",
+    "Format",
     "INT4",
     "INT8",
-    "BlockScaled",
-    "Element",
-    "Format",
     "Integer",
+    "arranged",
     "block_hadamard",
     "count_nonfinite",
     "dequantize",

@@ -42,8 +42,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.formats import elements, float_scaled, layout, nvfp4
+from pallas_kernels.formats import elements, float_scaled, nvfp4
 from pallas_kernels.formats.elements import E2M1, E4M3
+from pallas_kernels.formats.layout import pack, swizzle, unpack, unswizzle
 from pallas_kernels.formats.table import FORMATS, Format
 
 
@@ -57,12 +58,14 @@ class BlockScaled:
     Attributes:
       codes: uint8 [..., K / 2], two 4-bit codes a byte, low nibble first; [..., K] for 8-bit formats. Integers are
         two's complement.
-      scales: uint8 [..., K / block], E4M3 or E8M0 bits (linear layout; `swizzled_scales` for tensor cores), equal in
+      scales: uint8 [..., K / block], E4M3 or E8M0 bits (linear layout; `layout` "tcgen05" for tensor cores), equal in
         the 16 rows of a 2D tile; float32 [..., ceil(N / 128), ceil(K / 128)] for fp8_block, [..., ceil(K / 128)] for
         fp8_row128, [...] for the channels and the leading axes for fp8_tensor; bfloat16 [..., K / 32] for int4_group.
       global_amax: float32, of the leading axes: the amax over everything else, of finite blocks (NVFP4); else None.
       format: key of FORMATS.
       rule: scale rule, one of the format's.
+      layout: how the scales lie: "linear", or "tcgen05", the 128x4 tiles of Blackwell's tensor cores, uint8
+        [..., ceil(N / 128), ceil(K / block / 4), 32, 16] (`arranged` makes it, once, when weights are loaded).
 
     What `quantize` makes, and whoever else makes one must keep: a scale is NaN (E4M3 0x7f, E8M0 0xff) or finite and not
     negative; below a NaN scale all codes are 0; below a zero scale they are +-0, and so is the value; global_amax is
@@ -74,6 +77,7 @@ class BlockScaled:
     global_amax: jax.Array | None
     format: str = dataclasses.field(metadata={"static": True})
     rule: str = dataclasses.field(metadata={"static": True})
+    layout: str = dataclasses.field(default="linear", metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,7 +110,7 @@ def quantize(
     """Quantizes to the nearest codes (ties to even), or stochastically, with scales from block maxima.
 
     >>> q = quantize(jnp.array([[6.0, 3.0, 0.5, -1.0] + [0.0] * 12]), "nvfp4")
-    >>> [int(code) for code in layout.unpack(q.codes)[0, :4]], int(q.scales[0, 0]), float(q.global_amax)
+    >>> [int(code) for code in unpack(q.codes)[0, :4]], int(q.scales[0, 0]), float(q.global_amax)
     ([7, 5, 1, 10], 126, 6.0)
 
     Args:
@@ -148,7 +152,30 @@ def dequantize(q: BlockScaled, dtype: jnp.dtype = jnp.float32) -> jax.Array:
       q: quantized array.
       dtype: of the result; products are float32, cast once at the end.
     """
+    q = arranged(q, "linear")
     return _dequantize(q.codes, q.scales, q.global_amax, q.format, jnp.dtype(dtype))
+
+
+def arranged(q: BlockScaled, layout: str) -> BlockScaled:
+    """Returns the same values with the scales in another layout; see `BlockScaled.layout`.
+
+    Raises:
+      ValueError: an unknown layout, or one that the format has no use for (float scales are always linear).
+    """
+    if layout not in ("linear", "tcgen05"):
+        raise ValueError(f"layout must be linear or tcgen05, got {layout!r}")
+    if layout == q.layout:
+        return q
+    spec = FORMATS[q.format]
+    if spec.float_scales or q.ndim < 2:
+        raise ValueError(
+            f"only byte scales of at least two axes have tiles, got {q.format} of shape {q.shape}"
+        )
+    if layout == "tcgen05":
+        scales = swizzle(q.scales)
+    else:
+        scales = unswizzle(q.scales, q.shape[-2], q.shape[-1] // spec.block)
+    return dataclasses.replace(q, scales=scales, layout=layout)
 
 
 def nbytes(q: BlockScaled) -> int:
@@ -223,7 +250,7 @@ def _quantize(
 
 
 def _stored(code: jax.Array, spec: Format) -> jax.Array:
-    return layout.pack(code) if spec.element.bits == 4 else code
+    return pack(code) if spec.element.bits == 4 else code
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -236,7 +263,7 @@ def _dequantize(
 ) -> jax.Array:
     spec = FORMATS[format]
     if spec.float_scales:
-        code = layout.unpack(codes) if spec.element.bits == 4 else codes
+        code = unpack(codes) if spec.element.bits == 4 else codes
         return float_scaled.values(code, scales, spec.element, spec.tile).astype(dtype)
 
     def scaled(code):  # codes of every element, or of every second one
