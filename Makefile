@@ -1,8 +1,11 @@
 # make demo        installs, then trains, quantizes and reports a small MoE (about four minutes after the installation)
 # make test        installs, then runs the tests
-# make test-slow   the tests that take minutes: kill loops, whole notebooks
+# make test-slow   the tests that take minutes: kill loops, whole notebooks, every kernel for every GPU
+# make verify-kernels  compiles every kernel for GPUs that are not here, checks the machine code, prints a table
 # make setup       installs into .venv only; instant when nothing changed
 # make lint        ruff
+#
+# The tests and verify-kernels also install the compilers for GPUs that are not here (the extra aot, 1.4 GB).
 #
 # PYTHON=... names the Python 3.12 to use; PYTEST_ARGS=... is added to pytest's command line.
 
@@ -11,20 +14,25 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+WITH_AOT := $(VENV)/.installed-aot
+PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 IS_312 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
 
-.PHONY: setup demo test test-slow lint
+.PHONY: setup demo test test-slow verify-kernels lint
 
 setup: $(INSTALLED)
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/moelab run --config=experiments/demo.py --workdir=runs/demo
 
-test: $(INSTALLED)
+test: $(WITH_AOT)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 -m "not slow and not gpu" $(PYTEST_ARGS)
 
-test-slow: $(INSTALLED)
+test-slow: $(WITH_AOT)
 	@$(VENV)/bin/python -m pytest -q --durations=15 -m slow $(PYTEST_ARGS)
+
+verify-kernels: $(WITH_AOT)
+	@$(VENV)/bin/moelab kernels verify
 
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
@@ -47,8 +55,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    echo "could not make $(VENV); on Debian and Ubuntu: apt install python3.12-venv" >&2; exit 2; }; \
 	fi
 	@echo "installing into $(VENV): a few minutes the first time" >&2
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input \
-	  -e '.[data,report,dev]' -c constraints.txt
+	@$(PIP_INSTALL) -e '.[data,report,dev]'
 	@# Without bytecode jax takes 3 s to import instead of 0.75; a few packages ship files that do not compile.
 	@$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib moelab pallas_kernels >/dev/null 2>&1 || true
+	@touch $@
+
+$(WITH_AOT): $(INSTALLED)
+	@echo "installing compilers for GPUs that are not here: a minute or two the first time" >&2
+	@$(PIP_INSTALL) -e '.[data,report,dev,aot]'
+	@$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@

@@ -28,6 +28,7 @@ PACKAGES = (
     "scipy",
     "pyarrow",
 )
+_NVIDIA_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # the second under WSL
 _JAX_OPTIONS = (
     "jax_platforms",
     "jax_enable_x64",
@@ -47,6 +48,9 @@ def cache_directory() -> Path:
 def prepare() -> None:
     """Sets the CPU flag and the persistent compilation cache. Call it before jax starts; what is set already stays.
 
+    Without an NVIDIA driver, JAX's CUDA plugin (which the extra `aot` installs) is told not to look for CUDA's
+    libraries, since it prints a traceback for each one that it misses.
+
     Warns:
       RuntimeWarning: JAX has started without the flag, which can no longer be set.
     """
@@ -60,6 +64,8 @@ def prepare() -> None:
             )
         os.environ["XLA_FLAGS"] = f"{flags} {CPU_FLAG}=".strip()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not any(Path(driver).exists() for driver in _NVIDIA_DRIVERS):
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     options = {
         "jax_compilation_cache_dir": str(cache_directory() / "jax"),
         # Everything is worth keeping: a toolkit's programs are many and small.

@@ -70,6 +70,18 @@ class TestPrepare:
         out = python(code, MOELAB_CACHE=str(tmp_path), JAX_COMPILATION_CACHE_DIR="/tmp/mine")
         assert out.startswith("/tmp/mine -1")
 
+    def test_without_a_gpu_jax_does_not_complain_about_cuda(self):
+        if Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists():
+            pytest.skip("there is an NVIDIA driver here")
+        code = (
+            "import contextlib, io; from moelab import environment as e; e.prepare()\n"
+            "said = io.StringIO()\n"
+            "with contextlib.redirect_stderr(said):\n"
+            "    import jax; jax.devices()\n"
+            "print(repr(said.getvalue()))"
+        )
+        assert python(code, JAX_PLATFORMS="") == "''"
+
     def test_says_when_it_comes_too_late(self):
         code = (
             "import warnings, jax; jax.devices(); from moelab import environment as e\n"
