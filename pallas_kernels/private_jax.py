@@ -1,14 +1,16 @@
 """Every use of private interfaces of JAX, Pallas and jax-triton, in one place, for the versions that it was read for.
 
-Each function installs one patch, once, and says what it assumes and what stops working without it. On another version
-of JAX all of them raise: the assumptions have to be read again first.
+Each installer makes one patch, once, and says what it assumes and what stops working without it. On another version of
+JAX all of them raise: the assumptions have to be read again first.
 """
 
 from __future__ import annotations
 
 import functools
+import types
 
 import jax
+import numpy as np
 
 VERSIONS = ("0.12.0", "0.12.0.1")
 
@@ -26,3 +28,162 @@ def once(install):
         install()
 
     return functools.cache(checked)
+
+
+@once
+def interpret_block_scaled() -> None:
+    """Lets interpret mode run block-scaled `tcgen05_mma` and `async_copy_scales_to_tmem`, race detection included.
+
+    Without it the copy is refused ("source must be an SMEM ref") and the product asserts that there are no scales.
+
+    Assumes: scales in TMEM are kept at their logical shape (rows, columns), so the copy undoes the 32x16 atoms; the
+    copy takes the parameters of `async_copy_smem_to_tmem`; copies and products that one thread issues run in that
+    order, so that one buffer of scales serves every step (CUTLASS's block-scaled mainloop relies on it too). One CTA,
+    no sparsity.
+    """
+    from jax._src.pallas.mosaic_gpu import primitives
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+
+    interpret = jaxpr_interpret.JaxprInterpreter.interpret
+
+    def interpret_with_scales(self, jaxpr, token, *args):
+        def ordinary(eqn):
+            if eqn.primitive is not primitives.async_copy_scales_to_tmem_p:
+                return eqn
+            return eqn.replace(primitive=primitives.async_copy_smem_to_tmem_p)
+
+        jaxpr = jaxpr.replace(eqns=[ordinary(eqn) for eqn in jaxpr.eqns])
+        return interpret(self, jaxpr, token, *args)
+
+    jaxpr_interpret.JaxprInterpreter.interpret = interpret_with_scales
+    gpu_callbacks.TcGen05Copy = _scale_copy(gpu_callbacks)
+    gpu_callbacks.TcGen05Mma = _scaled_mma(gpu_callbacks)
+
+
+def _scale_copy(gpu_callbacks: types.ModuleType) -> type:
+    """Returns TcGen05Copy with copies of scale atoms: (R, C, 32, 16) in SMEM to (128 R, 4 C) in TMEM."""
+
+    class ScaleCopy(gpu_callbacks.TcGen05Copy):
+        def forms_pipeline(self, parent):
+            in_order = isinstance(parent, gpu_callbacks.TcGen05Copy | gpu_callbacks.TcGen05Mma)
+            return in_order and parent.collective_axis == self.collective_axis
+
+        def __call__(self, pipeline_clock, tma_thread_id):
+            memory, log = _interpreter(gpu_callbacks, self)
+            if memory.buffer_shape_and_dtype(self.smem_key).shape[-2:] != (32, 16):
+                return super().__call__(pipeline_clock, tma_thread_id)
+            assert self.collective_axis is None, "2-CTA copies of scales are not interpreted"
+            clock = _task_clock(memory, self.thread, pipeline_clock, tma_thread_id)
+            where = {"source_info": self.source_info}
+            tiles, _, _ = memory.get_buffer_content(
+                self.smem_key, self.smem_access, self.thread, logging_info=log
+            )
+            if clock is not None:
+                gpu_callbacks.get_races().check_read(
+                    self.thread, clock.async_smem_clock, self.smem_key, self.smem_access, **where
+                )
+            memory.store_buffer_content(
+                self.tmem_key,
+                self.tmem_access,
+                _without_atoms(np.asarray(tiles)),
+                self.thread,
+                increment_clock=False,
+                logging_info=log,
+            )
+            if clock is not None:
+                gpu_callbacks.get_races().check_write(
+                    self.thread, clock.generic_clock, self.tmem_key, self.tmem_access, **where
+                )
+            return clock
+
+    return ScaleCopy
+
+
+def _scaled_mma(gpu_callbacks: types.ModuleType) -> type:
+    """Returns TcGen05Mma with block scales: accumulator += (a * a_scale) @ (b * b_scale) in float32."""
+
+    class ScaledMma(gpu_callbacks.TcGen05Mma):
+        def __call__(self, pipeline_clock, tma_thread_id):
+            if self.a_scale_key is None:
+                return super().__call__(pipeline_clock, tma_thread_id)
+            assert self.collective_axis is None, "2-CTA products are not interpreted"
+            assert self.a_sparse_metadata_key is None, "sparse products are not interpreted"
+            memory, log = _interpreter(gpu_callbacks, self)
+            clock = _task_clock(memory, self.thread, pipeline_clock, tma_thread_id)
+
+            def read(key, access, in_smem):
+                value, _, _ = memory.get_buffer_content(key, access, self.thread, logging_info=log)
+                if clock is not None:
+                    proxy = clock.async_smem_clock if in_smem else clock.generic_clock
+                    gpu_callbacks.get_races().check_read(
+                        self.thread, proxy, key, access, source_info=self.source_info
+                    )
+                return np.asarray(value).astype(np.float32)
+
+            a_scale = memory.access(self.a_scale_key, self.a_scale_transforms or ())
+            b_scale = memory.access(self.b_scale_key, self.b_scale_transforms or ())
+            total = _scaled_product(
+                read(self.a_key, self.a_access, True),
+                read(self.b_key, self.b_access, True).T,
+                read(self.a_scale_key, a_scale, False),
+                read(self.b_scale_key, b_scale, False),
+            )
+            acc = self.acc_key, self.acc_access
+            if self.accumulate:
+                total = total + memory.get_buffer_content(*acc, None, logging_info=log)[0]
+            memory.store_buffer_content(
+                *acc, total, self.thread, increment_clock=False, logging_info=log
+            )
+            if clock is not None:
+                gpu_callbacks.get_races().check_write(
+                    self.thread, clock.generic_clock, *acc, source_info=self.source_info
+                )
+            if self.barrier_key:
+                memory.get_barrier(self.barrier_key).arrive(
+                    thread=self.thread, clock=clock, logging_info=log
+                )
+            return None if clock is None else clock.copy()
+
+    return ScaledMma
+
+
+def _scaled_product(
+    a_MK: np.ndarray, b_NK: np.ndarray, a_scale: np.ndarray, b_scale: np.ndarray
+) -> np.ndarray:
+    """(a * a_scale) @ (b * b_scale)^T; scales may have more rows than their operand, as TMEM has them by 128."""
+    block = a_MK.shape[1] // a_scale.shape[1]
+    a_MK = a_MK * np.repeat(a_scale[: len(a_MK)], block, axis=1)
+    b_NK = b_NK * np.repeat(b_scale[: len(b_NK)], block, axis=1)
+    return a_MK @ b_NK.T
+
+
+def _without_atoms(tiles: np.ndarray) -> np.ndarray:
+    """Inverts `formats.swizzle`: (R, C, 32, 16) -> (128 R, 4 C)."""
+    rows, columns = tiles.shape[:2]
+    atoms = tiles.reshape(rows, columns, 32, 4, 4).transpose(0, 3, 2, 1, 4)
+    return atoms.reshape(rows * 128, columns * 4)
+
+
+def _interpreter(gpu_callbacks: types.ModuleType, task):
+    """Returns the interpreter's memory and what it says of a task in its log."""
+    memory = gpu_callbacks._get_shared_memory()
+    log = gpu_callbacks.memory.GPULoggingInfo(task.mesh_location, task.thread, task.source_info)
+    return memory, log
+
+
+def _task_clock(memory, thread, pipeline_clock, tma_thread_id):
+    """Returns the vector clock of an asynchronous task: after its thread and what it is pipelined with."""
+    if not memory.detect_races:
+        return None
+    clock = memory.get_clock(thread)
+    if pipeline_clock is not None:
+        clock.update(pipeline_clock)
+    clock.inc(tma_thread_id)
+    return clock
+
+
+def reset_interpreter() -> None:
+    """Forgets what a kernel that raised in interpret mode left behind, so that the next one can run."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    gpu_callbacks.reset_gpu_interpret_mode_state()
