@@ -45,11 +45,15 @@ class Device:
 _ASSUMED: contextvars.ContextVar[Device | None] = contextvars.ContextVar("device", default=None)
 
 
+def assumed() -> Device | None:
+    """Returns the device of `assume`, or None outside of it."""
+    return _ASSUMED.get()
+
+
 def current() -> Device:
     """Returns the assumed device, or the first one that JAX has."""
-    assumed = _ASSUMED.get()
-    if assumed is not None:
-        return assumed
+    if assumed() is not None:
+        return assumed()
     found = jax.devices()[0]
     if found.platform != "gpu" or "." not in str(getattr(found, "compute_capability", "")):
         return Device(found.platform, found.device_kind)

@@ -6,8 +6,11 @@ JAX all of them raise: the assumptions have to be read again first.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import types
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -187,3 +190,82 @@ def reset_interpreter() -> None:
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@once
+def infer_assumed_architecture() -> None:
+    """Lets Mosaic lower for the device of `device.assume`.
+
+    Without it Mosaic asks the default device, takes a CPU for compute capability 9.0, and refuses what only Blackwell
+    has ("f4e2m1fn casts only supported on Blackwell and newer").
+
+    Assumes: every caller of `_infer_arch` looks it up in its module.
+    """
+    from jax.experimental.mosaic.gpu import utils
+
+    from pallas_kernels import device
+
+    infer = utils._infer_arch
+
+    def infer_assumed() -> tuple[int, int]:
+        assumed = device.assumed()
+        return infer() if assumed is None or assumed.capability is None else assumed.capability
+
+    utils._infer_arch = infer_assumed
+
+
+@once
+def eliminate_dead_triton_calls() -> None:
+    """Gives jax-triton's kernel call the rule for dead code that this JAX wants.
+
+    Without it any `triton_call` under jit raises ("_triton_kernel_call_dce_rule() takes 2 positional arguments but 3
+    were given"): rules are called with the liveness of the inputs too.
+    """
+    from jax._src.interpreters import partial_eval
+    from jax_triton import triton_lib
+
+    def rule(used_outs, live_ins, eqn):
+        if not any(used_outs) and not partial_eval.has_effects(eqn, live_ins):
+            return [False] * len(eqn.invars), None
+        return [True] * len(eqn.invars), eqn
+
+    partial_eval.dce_rules[triton_lib.triton_kernel_call_p] = rule
+
+
+_TRITON_CODE: contextvars.ContextVar[list | None] = contextvars.ContextVar("code", default=None)
+
+
+@contextlib.contextmanager
+def recorded_triton() -> Iterator[list[tuple[str, int]]]:
+    """Collects (PTX, bytes of shared memory) of every Triton kernel that is lowered inside the context."""
+    _record_triton()
+    code: list[tuple[str, int]] = []
+    token = _TRITON_CODE.set(code)
+    try:
+        yield code
+    finally:
+        _TRITON_CODE.reset(token)
+
+
+@once
+def _record_triton() -> None:
+    """Lets `recorded_triton` see what jax-triton compiles.
+
+    Assumes: `_compile_kernel` returns its result last, and every use of the cache of kernels goes through the property
+    `_kernel_cache`, which is empty while recording: a kernel that was compiled before would not be seen.
+    """
+    from jax_triton import triton_lib
+
+    compile_kernel = triton_lib.TritonFunction._compile_kernel
+    cache = triton_lib.TritonFunction._kernel_cache.fget
+
+    def compile_and_record(self, *args, **options):
+        found = compile_kernel(self, *args, **options)
+        if _TRITON_CODE.get() is not None:
+            _TRITON_CODE.get().append((found[-1].binary, found[-1].shared_mem_bytes))
+        return found
+
+    triton_lib.TritonFunction._compile_kernel = compile_and_record
+    triton_lib.TritonFunction._kernel_cache = property(
+        lambda self: cache(self) if _TRITON_CODE.get() is None else {}
+    )
