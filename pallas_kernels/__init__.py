@@ -5,6 +5,7 @@
 """
 
 from pallas_kernels.grouped_matmul import (
+    BACKENDS,
     IMPLEMENTATIONS,
     MatmulPrecision,
     MlpPrecision,
@@ -16,6 +17,7 @@ from pallas_kernels.grouped_matmul import (
 )
 
 __all__ = [
+    "BACKENDS",
     "IMPLEMENTATIONS",
     "MatmulPrecision",
     "MlpPrecision",

@@ -14,7 +14,7 @@ from pallas_kernels import MatmulPrecision, formats
 from pallas_kernels.grouped_matmul import windows
 
 E, K, N = 8, 32, 5
-FAST = [name for name in pallas_kernels.IMPLEMENTATIONS if name != "reference"]
+FAST = [name for name in pallas_kernels.BACKENDS if name != "reference"]
 # float32 sums of at most 32 products of order 1, in another order.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
@@ -52,7 +52,7 @@ def gradients(implementation):
     return run
 
 
-@pytest.mark.parametrize("implementation", pallas_kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", pallas_kernels.BACKENDS)
 def test_three_rows_by_hand(implementation):
     # expert 0 has rows 0, 1; expert 1 none; expert 2 row 2; row 3 belongs to nobody.
     x = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
@@ -84,7 +84,7 @@ def test_every_pattern_of_empty_groups(implementation):
     assert not np.any(y[tail]) and not np.any(dx[tail])
 
 
-@pytest.mark.parametrize("implementation", pallas_kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", pallas_kernels.BACKENDS)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -112,13 +112,13 @@ def test_sizes_beyond_the_rows_are_cut_when_traced():
     x, w, dy = draw(6, 53, K), draw(7, E, N, K), draw(8, 53, N)
     sizes = jnp.array([30, 30, 5, 0, 0, 0, 0, 1])  # expert 1 gets rows 30..52, the others nothing
     cut = jnp.array([30, 23, 0, 0, 0, 0, 0, 0])
-    for name in pallas_kernels.IMPLEMENTATIONS:
+    for name in pallas_kernels.BACKENDS:
         run = gradients(name)
         for got, want in zip(run(x, w, sizes, dy), run(x, w, cut, dy), strict=True):
             np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("implementation", pallas_kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", pallas_kernels.BACKENDS)
 def test_no_rows(implementation):
     y, dx, dw = gradients(implementation)(
         jnp.zeros((0, K)), draw(9, E, N, K), jnp.zeros(E, jnp.int32), jnp.zeros((0, N))
@@ -127,7 +127,7 @@ def test_no_rows(implementation):
     assert not np.any(dw)
 
 
-@pytest.mark.parametrize("implementation", pallas_kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", pallas_kernels.BACKENDS)
 def test_nan_beyond_the_groups_stays_there(implementation):
     x, w, dy = draw(10, 53, K), draw(11, E, N, K), draw(12, 53, N)
     sizes = jnp.array([0, 3, 0, 40, 1, 0, 2, 0])
@@ -167,7 +167,7 @@ def test_bias_and_row_scale(implementation):
     np.testing.assert_array_equal(none[1], 0)
 
 
-@pytest.mark.parametrize("implementation", pallas_kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", pallas_kernels.BACKENDS)
 def test_bfloat16_accumulates_in_float32(implementation):
     x, w = draw(17, 53, K, dtype=jnp.bfloat16), draw(18, E, N, K, dtype=jnp.bfloat16)
     sizes = (9, 0, 20, 1, 0, 3, 3, 3)

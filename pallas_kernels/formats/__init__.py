@@ -10,6 +10,7 @@ from pallas_kernels.formats.block_scaled import (
     arranged,
     count_nonfinite,
     dequantize,
+    global_scale,
     nbytes,
     quantize,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "block_hadamard",
     "count_nonfinite",
     "dequantize",
+    "global_scale",
     "from_swizzled",
     "hadamard_matrix",
     "inverse_block_hadamard",

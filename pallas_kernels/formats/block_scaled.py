@@ -156,6 +156,13 @@ def dequantize(q: BlockScaled, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     return _dequantize(q.codes, q.scales, q.global_amax, q.format, jnp.dtype(dtype))
 
 
+def global_scale(q: BlockScaled) -> jax.Array | None:
+    """Returns the float32 factor of code * scale in global_amax's shape, global_amax / 2688 (1536 for 4/6); or None."""
+    if q.global_amax is None:
+        return None
+    return q.global_amax * elements.reciprocal(E2M1.max_value * FORMATS[q.format].scale_bound)
+
+
 def arranged(q: BlockScaled, layout: str) -> BlockScaled:
     """Returns the same values with the scales in another layout; see `BlockScaled.layout`.
 

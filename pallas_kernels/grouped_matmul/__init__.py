@@ -4,16 +4,17 @@
 """
 
 from pallas_kernels.grouped_matmul.api import (
-    IMPLEMENTATIONS,
     expert_mlp,
     grouped_matmul,
     quantized_grouped_matmul,
     quantized_matmul,
 )
+from pallas_kernels.grouped_matmul.choice import BACKENDS, IMPLEMENTATIONS
 from pallas_kernels.grouped_matmul.dispatch import routed_expert_mlp
 from pallas_kernels.grouped_matmul.precision import MatmulPrecision, MlpPrecision
 
 __all__ = [
+    "BACKENDS",
     "IMPLEMENTATIONS",
     "MatmulPrecision",
     "MlpPrecision",

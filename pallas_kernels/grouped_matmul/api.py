@@ -1,32 +1,26 @@
-"""The public grouped matmuls: arguments are checked here, once, and a backend is picked.
+"""The public grouped matmuls: arguments are checked here, once; `choice.py` picks what computes them.
 
 T rows sorted by expert, K contraction axis, N output axis, E experts, D model width, F expert width, G = 2F.
 """
 
 from __future__ import annotations
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import dense, quantized, ragged_dot, reference, xla_windows
+from pallas_kernels.grouped_matmul import dense, operands, quantized
+from pallas_kernels.grouped_matmul.choice import choose, choose_both
 from pallas_kernels.grouped_matmul.precision import (
+    PLAIN,
     MatmulPrecision,
     MlpPrecision,
     Weight,
     both,
 )
 
-# In the order in which `None` and "auto" try them; a named one runs or raises NotImplementedError.
-IMPLEMENTATIONS: dict[str, types.ModuleType] = {
-    "xla_windows": xla_windows,
-    "reference": reference,
-    "ragged_dot": ragged_dot,
-}
-
+F32 = jnp.dtype(jnp.float32)
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -59,7 +53,7 @@ def grouped_matmul(
       bias_EN: (E, N) float, added after the row scale.
       row_scale_T: (T,) float.
       out_dtype: of y; None is the dtype of x. Products and sums are float32, cast once.
-      implementation: key of IMPLEMENTATIONS; None or "auto" picks the fastest that works here.
+      implementation: one of IMPLEMENTATIONS; None or "auto" picks the fastest that works here.
 
     Returns:
       y_TN: (T, N). An expert without rows gets an exactly zero weight gradient.
@@ -73,8 +67,11 @@ def grouped_matmul(
     _check_shape("bias_EN", bias_EN, (num_experts, width), "(E, N)")
     _check_shape("row_scale_T", row_scale_T, (x_TK.shape[0],), "(T,)")
     out_dtype = _out_dtype(out_dtype, x_TK)
-    module = backend(implementation)
-    return module.grouped_matmul(x_TK, w_ENK, sizes_E, bias_EN, row_scale_T, out_dtype)
+    module, kernel = choose(implementation, x_TK, w_ENK)
+    if kernel is None:
+        return module.grouped_matmul(x_TK, w_ENK, sizes_E, bias_EN, row_scale_T, out_dtype)
+    y_TN = quantized.grouped_matmul(module, x_TK, w_ENK, sizes_E, PLAIN, F32, kernel=kernel)
+    return _finish(y_TN, sizes_E, bias_EN, row_scale_T, out_dtype)
 
 
 def quantized_grouped_matmul(
@@ -112,9 +109,10 @@ def quantized_grouped_matmul(
     sizes_E = _check(x_TK, w_ENK, group_sizes_E)
     check_precision(both(precision), w_ENK, w_ENK)
     check_extras(both(precision), key, (x_amax_E, x_amax_E), w_ENK.shape[0])
-    out_dtype, module = _out_dtype(out_dtype, x_TK), backend(implementation)
+    out_dtype = _out_dtype(out_dtype, x_TK)
+    module, kernel = choose(implementation, x_TK, w_ENK, precision)
     return quantized.grouped_matmul(
-        module, x_TK, w_ENK, sizes_E, precision, out_dtype, amax_E=x_amax_E, key=key
+        module, x_TK, w_ENK, sizes_E, precision, out_dtype, amax_E=x_amax_E, key=key, kernel=kernel
     )
 
 
@@ -194,9 +192,10 @@ def expert_mlp(
     check_precision(precision, gate_up_EGD, down_EDF)
     check_extras(precision, key, x_amax, gate_up_EGD.shape[0])
     out_dtype = _out_dtype(out_dtype, x_ND)
-    module = backend(implementation)
+    module, layers = choose_both(implementation, x_ND, gate_up_EGD, down_EDF, precision)
+    extras = dict(x_amax=x_amax, key=key, kernels=layers)
     return quantized.expert_mlp(
-        module, x_ND, gate_up_EGD, down_EDF, sizes_E, precision, out_dtype, x_amax=x_amax, key=key
+        module, x_ND, gate_up_EGD, down_EDF, sizes_E, precision, out_dtype, **extras
     )
 
 
@@ -278,10 +277,11 @@ def _out_dtype(out_dtype, x) -> jnp.dtype:
     return jnp.dtype(x.dtype if out_dtype is None else out_dtype)
 
 
-def backend(implementation: str | None) -> types.ModuleType:
-    if implementation in (None, "auto"):
-        return next(iter(IMPLEMENTATIONS.values()))
-    if implementation not in IMPLEMENTATIONS:
-        allowed = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"unknown implementation {implementation!r}; allowed: auto, {allowed}")
-    return IMPLEMENTATIONS[implementation]
+def _finish(y_TN, group_sizes_E, bias_EN, row_scale_T, out_dtype) -> jax.Array:
+    """Row scale and bias behind a kernel's product, in float32; zero beyond the groups, and one cast."""
+    if row_scale_T is not None:
+        y_TN = y_TN * row_scale_T.astype(jnp.float32)[:, None]
+    if bias_EN is not None:
+        y_TN = y_TN + operands.of_group(bias_EN, group_sizes_E, y_TN.shape[0])
+    inside_T = jnp.arange(y_TN.shape[0]) < jnp.sum(group_sizes_E)
+    return jnp.where(inside_T[:, None], y_TN, 0).astype(out_dtype)

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.grouped_matmul import api, expert_windows, quantized, windows, xla_windows
+from pallas_kernels.grouped_matmul import (
+    api,
+    choice,
+    expert_windows,
+    quantized,
+    windows,
+    xla_windows,
+)
 from pallas_kernels.grouped_matmul.precision import MatmulPrecision, MlpPrecision, Weight, both
 
 _INT32_MAX = 2**31 - 1
@@ -91,7 +98,8 @@ def routed_expert_mlp(
     precision = both(precision)
     api.check_precision(precision, gate_up_EGD, down_EDF)
     api.check_extras(precision, key, x_amax, gate_up_EGD.shape[0])
-    backend = api.backend(implementation)
+    rows = jax.ShapeDtypeStruct((token_N.shape[0], x_TD.shape[1]), x_TD.dtype)
+    backend, layers = choice.choose_both(implementation, rows, gate_up_EGD, down_EDF, precision)
     num_experts = gate_up_EGD.shape[0]
     _check_assignments(x_TD, token_N, expert_N, weight_N, num_experts, assignments_per_token)
     if not x_TD.shape[0] or not token_N.shape[0]:
@@ -102,15 +110,14 @@ def routed_expert_mlp(
     weight_N = weight_N.astype(jnp.float32)
     tokens = x_TD.shape[0]
     plan = make_plan(token_N, expert_N, tokens, num_experts, assignments_per_token)
-    if backend is xla_windows and quantized.fuses(precision):
+    if backend is xla_windows and layers == (None, None) and quantized.fuses(precision):
         gate_up = quantized.fake_weights(gate_up, precision.gate_up)
         down = quantized.fake_weights(down, precision.down)
         return _fused(x_TD, weight_N, gate_up, down, plan)
     x_ND = dispatch(x_TD, plan)
     sizes_E, dtype = plan.group_sizes_E, jnp.dtype(jnp.float32)
-    y_ND = quantized.expert_mlp(
-        backend, x_ND, gate_up, down, sizes_E, precision, dtype, x_amax=x_amax, key=key
-    )
+    extras = dict(x_amax=x_amax, key=key, kernels=layers)
+    y_ND = quantized.expert_mlp(backend, x_ND, gate_up, down, sizes_E, precision, dtype, **extras)
     return combine(y_ND, weight_N, plan, tokens).astype(x_TD.dtype)
 
 

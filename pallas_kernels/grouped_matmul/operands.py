@@ -1,6 +1,7 @@
-"""Quantizes the operands of grouped products, and returns the float32 values that the codes stand for.
+"""Quantizes the operands of grouped products.
 
-Every backend multiplies these values, so there is one definition of the numerics.
+GPU kernels multiply the codes, every other backend the float32 values that the codes stand for (`value`), so there is
+one definition of the numerics.
 T rows sorted by expert, K contraction axis, N output axis, E experts, P padded rows, U rows of a unit.
 """
 
@@ -44,13 +45,18 @@ def rotate(a: Weight, precision: MatmulPrecision) -> Weight:
     return formats.block_hadamard(a, precision.rotation)
 
 
+def value(operand: Weight) -> jax.Array:
+    """Returns the float32 values that codes stand for; plain operands as they are."""
+    return formats.dequantize(operand) if isinstance(operand, formats.BlockScaled) else operand
+
+
 def rows(
     x_TK: jax.Array,
     precision: MatmulPrecision,
     group_sizes_E: jax.Array,
     amax_E: jax.Array | None = None,
-) -> jax.Array:
-    """Returns the float32 values of quantized activations; x itself where precision.x is None.
+) -> Weight:
+    """Returns quantized activations; x itself where precision.x is None.
 
     Args:
       x_TK: rows sorted by expert, rotated if need be.
@@ -65,7 +71,7 @@ def rows(
 
 
 def _rows(x_TK, format, rule, scale, group_sizes_E, amax_E, key):
-    """Values of rows quantized along K, with the global scale from where `scale` says."""
+    """Rows quantized along K, with the global scale from where `scale` says."""
     spec = formats.FORMATS[format]
     if spec.scale == "tensor" and scale != "per_token":
         return _one_scale(x_TK, format, rule, group_sizes_E, key)
@@ -74,15 +80,14 @@ def _rows(x_TK, format, rule, scale, group_sizes_E, amax_E, key):
         found_E = _group_amax(x_TK, group_sizes_E) if amax_E is None else amax_E
         if scale == "per_tensor":
             found_E = jnp.broadcast_to(jnp.max(found_E, keepdims=True), found_E.shape)
-        amax_T = _of_group(found_E, group_sizes_E, x_TK.shape[0])
-    q = formats.quantize(x_TK, format, rule=rule, num_batch_axes=1, key=key, global_amax=amax_T)
-    return formats.dequantize(q)
+        amax_T = of_group(found_E, group_sizes_E, x_TK.shape[0])
+    return formats.quantize(x_TK, format, rule=rule, num_batch_axes=1, key=key, global_amax=amax_T)
 
 
 def _one_scale(x_TK, format, rule, group_sizes_E, key):
     inside_T = jnp.arange(x_TK.shape[0]) < jnp.sum(group_sizes_E)
     x_TK = jnp.where(inside_T[:, None], x_TK, jnp.zeros((), x_TK.dtype))
-    return formats.dequantize(formats.quantize(x_TK, format, rule=rule, num_batch_axes=0, key=key))
+    return formats.quantize(x_TK, format, rule=rule, num_batch_axes=0, key=key)
 
 
 def _group_amax(x_TK: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -102,47 +107,50 @@ def _group_of(group_sizes_E: jax.Array, num_rows: int) -> jax.Array:
     return jnp.searchsorted(jnp.cumsum(group_sizes_E), row_T, side="right").astype(jnp.int32)
 
 
-def _of_group(value_E: jax.Array, group_sizes_E: jax.Array, num_rows: int) -> jax.Array:
-    """Each row's entry of a value per group; 0 beyond the groups."""
-    padded = jnp.pad(value_E.astype(jnp.float32), (0, 1))
+def of_group(value_E: jax.Array, group_sizes_E: jax.Array, num_rows: int) -> jax.Array:
+    """Returns each row's entry of what each group has, float32; 0 beyond the groups: (T, ...)."""
+    pad = [(0, 1)] + [(0, 0)] * (value_E.ndim - 1)
+    padded = jnp.pad(value_E.astype(jnp.float32), pad)
     return padded[_group_of(group_sizes_E, num_rows)]
 
 
 def weights(w_ENK: Weight, precision: MatmulPrecision) -> Weight:
-    """Returns the float32 values of quantized weights, each expert with its own global scale.
+    """Returns quantized weights, each expert with its own global scale.
 
     Packed weights, and plain ones without a format, are returned as they are.
     """
     if isinstance(w_ENK, formats.BlockScaled) or precision.w is None:
         return w_ENK
-    q = formats.quantize(w_ENK, precision.w, rule=precision.w_rule, num_batch_axes=1)
-    return formats.dequantize(q)
+    return formats.quantize(w_ENK, precision.w, rule=precision.w_rule, num_batch_axes=1)
 
 
-def transposed_weights(w_ENK: Weight, value_ENK: Weight, precision: MatmulPrecision) -> jax.Array:
+def transposed_weights(w_ENK: Weight, used_ENK: Weight, precision: MatmulPrecision) -> jax.Array:
     """Returns the weights of the input gradient dx = dy w, float32 (E, N, K), blocks along N.
 
-    A 2D format has the same codes in both directions, so what the forward product used serves; packed weights have no
+    A 2D format has the same values in both directions, so those of the forward product serve; packed weights have no
     master to quantize anew, so what they stand for does; any other format is quantized along N.
 
     Args:
-      w_ENK: the unquantized weights.
-      value_ENK: what the forward product used.
+      w_ENK: the unquantized weights, or packed ones.
+      used_ENK: what the forward product used.
       precision: says the format.
     """
-    if isinstance(value_ENK, formats.BlockScaled):
-        return formats.dequantize(value_ENK)
-    if precision.w is None or formats.FORMATS[precision.w].block_rows > 1:
-        return value_ENK.astype(jnp.float32)
+    packed = isinstance(w_ENK, formats.BlockScaled)
+    if packed or precision.w is None or formats.FORMATS[precision.w].block_rows > 1:
+        return value(used_ENK).astype(jnp.float32)
+    return jnp.swapaxes(formats.dequantize(transposed_codes(w_ENK, precision)), 1, 2)
+
+
+def transposed_codes(w_ENK: jax.Array, precision: MatmulPrecision) -> formats.BlockScaled:
+    """Returns plain weights quantized along N: (E, K, N). A 2D format makes the codes that it makes along K."""
     w_EKN = jnp.swapaxes(w_ENK, 1, 2)
-    q = formats.quantize(w_EKN, precision.w, rule=precision.w_rule, num_batch_axes=1)
-    return jnp.swapaxes(formats.dequantize(q), 1, 2)
+    return formats.quantize(w_EKN, precision.w, rule=precision.w_rule, num_batch_axes=1)
 
 
 def gradient_rows(
     dy_TN: jax.Array, precision: MatmulPrecision, group_sizes_E: jax.Array, key: jax.Array | None
-) -> jax.Array:
-    """Returns the float32 values of output gradients quantized along N, one global scale per group."""
+) -> Weight:
+    """Returns output gradients quantized along N, one global scale per group."""
     return _rows(dy_TN, precision.dy, None, "per_group", group_sizes_E, None, key)
 
 

@@ -1,4 +1,4 @@
-"""`jax.lax.ragged_dot`, what several JAX toolkits call; here to compare with.
+"""`jax.lax.ragged_dot`, what several JAX toolkits call: the default for plain operands on a GPU, elsewhere to compare.
 
 On CPU it computes every expert for every row: 5 to 19 times the cost of the equal dense matmul. Plain operands only.
 T rows, K contraction axis, N output axis, E experts.
@@ -9,21 +9,26 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels import device, formats
+from pallas_kernels.grouped_matmul import operands, reference
 
 
 def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype):
-    """As `reference.grouped_matmul`, for plain operands."""
+    """As `reference.grouped_matmul`, for plain operands; bfloat16 ones are multiplied as they are on a GPU."""
     if isinstance(w_ENK, formats.BlockScaled):
         raise NotImplementedError("ragged_dot takes plain weights only; use xla_windows")
-    if bias_EN is not None or row_scale_T is not None:
-        raise NotImplementedError("ragged_dot has no bias_EN or row_scale_T; use xla_windows")
     inside_T = jnp.arange(x_TK.shape[0]) < jnp.sum(group_sizes_E)
+    # XLA's CPU rounds bfloat16 products; a GPU sums them in float32.
+    same = x_TK.dtype == w_ENK.dtype and device.current().is_cuda
+    dtype = x_TK.dtype if same else jnp.dtype(jnp.float32)
     # Masked on both sides: the tail must be zero and must not reach the weight gradient.
-    x_TK = jnp.where(inside_T[:, None], x_TK.astype(jnp.float32), 0.0)
-    w_EKN = jnp.swapaxes(w_ENK.astype(jnp.float32), 1, 2)
-    y_TN = jax.lax.ragged_dot(x_TK, w_EKN, group_sizes_E)
+    x_TK = jnp.where(inside_T[:, None], x_TK.astype(dtype), jnp.zeros((), dtype))
+    w_EKN = jnp.swapaxes(w_ENK.astype(dtype), 1, 2)
+    y_TN = jax.lax.ragged_dot(x_TK, w_EKN, group_sizes_E, preferred_element_type=jnp.float32)
+    if row_scale_T is not None:
+        y_TN = y_TN * row_scale_T.astype(jnp.float32)[:, None]
+    if bias_EN is not None:
+        y_TN = y_TN + operands.of_group(bias_EN, group_sizes_E, y_TN.shape[0])
     return jnp.where(inside_T[:, None], y_TN, 0.0).astype(out_dtype)
 
 

@@ -1,0 +1,87 @@
+"""What computes a product: a GPU kernel over codes, or a backend of XLA over values.
+
+T rows sorted by expert, K contraction axis, N output axis, E experts, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels import device, formats
+from pallas_kernels.grouped_matmul import kernels, quantized, ragged_dot, reference, xla_windows
+from pallas_kernels.grouped_matmul.kernels import Kernel
+from pallas_kernels.grouped_matmul.precision import PLAIN, MatmulPrecision, MlpPrecision, Weight
+
+# Multiply values, are written for XLA, and run on every platform.
+BACKENDS: dict[str, types.ModuleType] = {
+    "xla_windows": xla_windows,
+    "reference": reference,
+    "ragged_dot": ragged_dot,
+}
+# What `implementation` may name: it runs, or raises NotImplementedError saying why.
+IMPLEMENTATIONS = (*BACKENDS, *kernels.KERNELS)
+
+
+class Computes(NamedTuple):
+    """What computes a product.
+
+    Attributes:
+      backend: multiplies values; with a kernel, only what the kernel leaves to it.
+      kernel: multiplies codes, or None.
+    """
+
+    backend: types.ModuleType
+    kernel: Kernel | None
+
+
+def choose(
+    implementation: str | None, x: Weight, w: Weight, precision: MatmulPrecision = PLAIN
+) -> Computes:
+    """Picks what computes the product of x and w under a precision on this device.
+
+    Args:
+      implementation: one of IMPLEMENTATIONS; None or "auto" takes the first kernel that can, else XLA.
+      x: (T, K) activations, or their shape and dtype.
+      w: (E, N, K) weights.
+      precision: what they are quantized to.
+
+    Raises:
+      ValueError: an unknown implementation.
+      NotImplementedError: the named kernel cannot compute this here, and why.
+    """
+    if implementation not in (None, "auto", *IMPLEMENTATIONS):
+        allowed = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"unknown implementation {implementation!r}; allowed: auto, {allowed}")
+    if implementation in BACKENDS:
+        return Computes(BACKENDS[implementation], None)
+    here = device.current()
+    # A loop over windows is a loop of small kernels on a GPU; for plain operands XLA has one kernel.
+    values = ragged_dot if here.is_cuda else xla_windows
+    problem = quantized.problem_of(x, w, precision)
+    if implementation in (None, "auto"):
+        kernel = kernels.choose(problem, here)
+        packed = isinstance(w, formats.BlockScaled)
+        return Computes(xla_windows if packed and kernel is None else values, kernel)
+    kernel = kernels.KERNELS[implementation]
+    reason = kernel.unsupported(problem, here)
+    if reason:
+        raise NotImplementedError(reason)
+    return Computes(values, kernel)
+
+
+def choose_both(
+    implementation: str | None,
+    x_ND: jax.Array,
+    gate_up_EGD: Weight,
+    down_EDF: Weight,
+    precision: MlpPrecision,
+) -> tuple[types.ModuleType, tuple[Kernel | None, Kernel | None]]:
+    """Picks for both layers of a feed-forward as `choose` does: the backend, and each layer's kernel."""
+    first = choose(implementation, x_ND, gate_up_EGD, precision.gate_up)
+    act_NF = jax.ShapeDtypeStruct((x_ND.shape[0], down_EDF.shape[2]), x_ND.dtype)
+    second = choose(implementation, act_NF, down_EDF, precision.down)
+    values = first.backend if first.kernel is None else second.backend
+    return values, (first.kernel, second.kernel)

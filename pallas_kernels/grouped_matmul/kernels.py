@@ -1,0 +1,164 @@
+"""The GPU kernels as backends: which operands and GPUs each takes, and how it is called. None has run on hardware yet.
+
+They multiply codes; `quantized.py` quantizes the operands and owns the gradients. Kernels are imported when they are
+called, so that a machine without Triton or a GPU can still say which one it would take.
+
+T rows sorted by expert, K contraction axis, N output axis, E experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import formats
+from pallas_kernels.device import Device
+from pallas_kernels.grouped_matmul.precision import Weight
+
+HARDWARE = "not yet run on hardware"
+_E4M3_SCALES = tuple(name for name, spec in formats.FORMATS.items() if spec.scale == "e4m3")
+_W4 = (*_E4M3_SCALES, "mxfp4")
+_PACKAGE = "pallas_kernels.grouped_matmul"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What the choice of a kernel depends on: static.
+
+    Attributes:
+      rows, experts, outputs, inputs: T, E, N and K.
+      x: format of the activations, or their dtype's name where they are not quantized.
+      w: format of the weights, or their dtype's name.
+    """
+
+    rows: int
+    experts: int
+    outputs: int
+    inputs: int
+    x: str
+    w: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel family on one kind of GPU.
+
+    Attributes:
+      name: what `implementation` calls it; the module of that name holds it.
+      about: one line for people.
+      x: formats or dtypes of the activations that it takes.
+      w: formats of the weights.
+      majors: major compute capabilities that it runs on.
+      inputs_multiple: K must be one of these many.
+      outputs_multiple: N must be.
+      extra: the optional extra of pyproject.toml whose packages it needs, and the package to look for.
+    """
+
+    name: str
+    about: str
+    x: tuple[str, ...]
+    w: tuple[str, ...]
+    majors: tuple[int, ...]
+    inputs_multiple: int
+    outputs_multiple: int
+    extra: tuple[str, str] | None = None
+
+    def unsupported(self, problem: Problem, device: Device) -> str:
+        """Returns why it cannot compute this there, with what came and what was wanted; empty if it can."""
+        wanted = " or ".join(f"{major}.x" for major in self.majors)
+        if device.capability is None or device.capability[0] not in self.majors:
+            return f"{self.name} needs a GPU of compute capability {wanted}, this is {device}"
+        if self.extra and importlib.util.find_spec(self.extra[1]) is None:
+            return f"{self.name} needs {self.extra[1]}: pip install 'moelab[{self.extra[0]}]'"
+        if problem.x not in self.x:
+            return f"{self.name} takes activations in {', '.join(self.x)}, got {problem.x}"
+        if problem.w not in self.w:
+            return f"{self.name} takes weights in {', '.join(self.w)}, got {problem.w}"
+        if problem.x in formats.FORMATS and _scale(problem.x) != _scale(problem.w):
+            return (
+                f"{self.name} takes x and w with one kind of scale, got {problem.x} and {problem.w}"
+            )
+        if problem.inputs % self.inputs_multiple or problem.outputs % self.outputs_multiple:
+            return (
+                f"{self.name} needs K a multiple of {self.inputs_multiple} and N of {self.outputs_multiple} (pad the "
+                f"weights when they are loaded), got K={problem.inputs} and N={problem.outputs}"
+            )
+        return ""
+
+    def product(
+        self,
+        x_TK: Weight,
+        w_ENK: formats.BlockScaled,
+        group_sizes_E: jax.Array,
+        row_scale_T: jax.Array | None,
+        bias_EN: jax.Array | None,
+        out_dtype: jnp.dtype,
+        device: Device,
+    ) -> jax.Array:
+        """y[t] = cast(acc * (g_x[t] g_w[e] row_scale[t])) + bias, zero beyond the groups: (T, N)."""
+        expert_E = formats.global_scale(w_ENK)
+        if expert_E is None:
+            expert_E = jnp.ones(w_ENK.shape[0], jnp.float32)
+        if isinstance(x_TK, formats.BlockScaled):
+            scale_T = formats.global_scale(x_TK)
+            if scale_T is not None:
+                row_scale_T = scale_T if row_scale_T is None else scale_T * row_scale_T
+        return _CALLS[self.name](
+            x_TK, w_ENK, group_sizes_E, expert_E, row_scale_T, bias_EN, out_dtype, device
+        )
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_BF16, _TRITON = ("bfloat16",), ("aot", "jax_triton")
+# In the order in which they are tried.
+_ALL = (
+    Kernel("mosaic_sm100", "W4A4, tcgen05 block-scaled MMA", _W4, _W4, (10,), 256, 128),
+    Kernel("triton_w4a4", "W4A4, mma.sync block-scaled", _W4, _W4, (12,), 128, 16, _TRITON),
+    Kernel("mosaic_sm90", "W4A16, wgmma", _BF16, _W4, (9,), 64, 64),
+    Kernel("triton_w4a16", "W4A16, sm_80 to sm_120", _BF16, _W4, (8, 9, 10, 12), 32, 16, _TRITON),
+)
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
+
+
+def choose(problem: Problem, device: Device) -> Kernel | None:
+    """Returns the first kernel that computes this there, or None."""
+    usable = (k for k in KERNELS.values() if not k.unsupported(problem, device))
+    return next(usable, None)
+
+
+_INTERPRET: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", default=None)
+
+
+@contextlib.contextmanager
+def interpreted(params: Any) -> Iterator[None]:
+    """Runs Mosaic kernels in Pallas' GPU interpreter inside the context, for tests on a CPU.
+
+    Args:
+      params: a `plgpu.InterpretGPUParams`.
+    """
+    token = _INTERPRET.set(params)
+    try:
+        yield
+    finally:
+        _INTERPRET.reset(token)
+
+
+def _scale(format: str) -> str:
+    return formats.FORMATS[format].scale
+
+
+def _module(name: str):
+    return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
+_CALLS: dict[str, Callable] = {}
