@@ -60,6 +60,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         *_batches(config, num_devices),
         *_data(config),
         *_names(config),
+        *_kernel(config, num_devices),
         *_open_sets(config),
         *_upcycle(config),
         *_quantization(config),
@@ -236,6 +237,17 @@ def _names(config: ml_collections.ConfigDict) -> Iterator[Problem]:
                 f"cannot evaluate {packed[0]}: ragged_dot multiplies plain weights only; use auto"
             )
             yield Problem("moe.implementation", message)
+
+
+def _kernel(config: ml_collections.ConfigDict, num_devices: int | None) -> Iterator[Problem]:
+    """A GPU kernel that is named must run here; known once the devices are."""
+    kernels = importlib.import_module("pallas_kernels.grouped_matmul.kernels").KERNELS
+    name = config.moe.implementation
+    if num_devices is None or name not in kernels:
+        return
+    reason = kernels[name].wrong_device(importlib.import_module("pallas_kernels.device").current())
+    if reason:
+        yield Problem("moe.implementation", f"cannot be {name}: {reason}; use auto")
 
 
 def _listed(path: str, given: tuple[str, ...], known: tuple[str, ...]) -> Iterator[Problem]:

@@ -113,14 +113,14 @@ def env(args: argparse.Namespace) -> int:
 
 
 def kernels() -> dict[str, str]:
-    """Says which grouped matmul would run here, and which others a config may name."""
-    import pallas_kernels
-    from pallas_kernels.grouped_matmul import api
+    """Says what computes each operation here, and why the GPU kernels that do not would not."""
+    from pallas_kernels import device
+    from pallas_kernels.grouped_matmul import choice
+    from pallas_kernels.grouped_matmul.kernels import HARDWARE, KERNELS
 
-    chosen = api.backend(None)
-    named = pallas_kernels.IMPLEMENTATIONS
-    return {
-        "grouped_matmul": next(name for name, module in named.items() if module is chosen),
-        "others": ", ".join(name for name, module in named.items() if module is not chosen),
-        "gpu": "no GPU kernels are built yet; nothing has run on a GPU",
-    }
+    here = device.current()
+    found = choice.table(here)
+    for kernel in KERNELS.values():
+        reason = kernel.wrong_device(here) or "runs here"
+        found[kernel.name] = f"{kernel.about}; {HARDWARE}; {reason}"
+    return found

@@ -85,3 +85,24 @@ def choose_both(
     second = choose(implementation, act_NF, down_EDF, precision.down)
     values = first.backend if first.kernel is None else second.backend
     return values, (first.kernel, second.kernel)
+
+
+# What `table` asks about: operands of a layer of OLMoE's size at 4096 tokens. (name, activations, weights)
+_OPERATIONS = (
+    ("bfloat16 experts", "bfloat16", "bfloat16"),
+    ("W4A16 nvfp4", "bfloat16", "nvfp4"),
+    ("W4A16 mxfp4", "bfloat16", "mxfp4"),
+    ("W4A4 nvfp4", "nvfp4", "nvfp4"),
+    ("W4A4 mxfp4", "mxfp4", "mxfp4"),
+)
+
+
+def table(here: device.Device) -> dict[str, str]:
+    """Says for each operation what `implementation=None` would take on a device, for `moelab env`."""
+    found = {}
+    for name, x, w in _OPERATIONS:
+        problem = kernels.Problem(32768, 64, 2048, 2048, x, w)
+        kernel = kernels.choose(problem, here)
+        fallback = "ragged_dot" if here.is_cuda and w == "bfloat16" else "xla_windows"
+        found[name] = fallback if kernel is None else f"{kernel} ({kernels.HARDWARE})"
+    return found

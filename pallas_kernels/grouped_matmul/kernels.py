@@ -71,13 +71,20 @@ class Kernel:
     outputs_multiple: int
     extra: tuple[str, str] | None = None
 
-    def unsupported(self, problem: Problem, device: Device) -> str:
-        """Returns why it cannot compute this there, with what came and what was wanted; empty if it can."""
+    def wrong_device(self, device: Device) -> str:
+        """Returns why it cannot run there at all; empty if it can."""
         wanted = " or ".join(f"{major}.x" for major in self.majors)
         if device.capability is None or device.capability[0] not in self.majors:
             return f"{self.name} needs a GPU of compute capability {wanted}, this is {device}"
         if self.extra and importlib.util.find_spec(self.extra[1]) is None:
             return f"{self.name} needs {self.extra[1]}: pip install 'moelab[{self.extra[0]}]'"
+        return ""
+
+    def unsupported(self, problem: Problem, device: Device) -> str:
+        """Returns why it cannot compute this there, with what came and what was wanted; empty if it can."""
+        reason = self.wrong_device(device)
+        if reason:
+            return reason
         if problem.x not in self.x:
             return f"{self.name} takes activations in {', '.join(self.x)}, got {problem.x}"
         if problem.w not in self.w:
