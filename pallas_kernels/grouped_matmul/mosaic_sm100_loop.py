@@ -103,18 +103,20 @@ def run(
     num_sms: int,
     name: str,
     interpret: plgpu.InterpretGPUParams | None,
+    loop: type[Loop] | None = None,
 ) -> tuple[jax.Array, ...]:
     """Launches the kernel; the caller has checked shapes and budgets.
 
     Args:
       operands: arrays.
-      tiles: schedule with tile_rows = tiling.tile_m.
+      tiles: schedule with tile_rows = tiling.tile_m, or what `loop` goes by, the count last.
       epilogue: what to do with accumulators.
       tiling: sizes.
       format: of the operands.
       num_sms: CTAs to launch, one per streaming multiprocessor.
       name: of the kernel.
       interpret: parameters of interpret mode, or None for a GPU.
+      loop: Loop, or one with other tiles and k-steps over the same buffers.
 
     Returns:
       The epilogue's outputs.
@@ -128,19 +130,19 @@ def run(
         inputs = refs[4 : 4 + num_inputs]
         outputs = refs[4 + num_inputs : 4 + num_inputs + num_outputs]
         own = {name: scratch.pop(name) for name in epilogue.scratch}
-        loop = _Loop(tiling, format, epilogue, tile_I4, count, **scratch)
+        roles = (loop or Loop)(tiling, format, epilogue, tile_I4, count, **scratch)
         role = lax.axis_index(_ROLE)
 
         @pl.when(role == _MAIN_WARPGROUP)
         def _():
             @plgpu.warp_map
             def _(warp):
-                pl.when(warp == _TMA_WARP)(lambda: loop.load(data))
-                pl.when(warp == _MMA_WARP)(lambda: loop.multiply(data.x_TK.shape[1]))
+                pl.when(warp == _TMA_WARP)(lambda: roles.load(data))
+                pl.when(warp == _MMA_WARP)(lambda: roles.multiply(data.x_TK.shape[1]))
 
         @pl.when(role == _EPILOGUE_WARPGROUP)
         def _():
-            loop.store(inputs, outputs, own)
+            roles.store(inputs, outputs, own)
 
     cluster = {"cluster": (2,), "cluster_names": (_CTA,)} if tiling.collective else {}
     kernel = plgpu.kernel(
@@ -156,7 +158,7 @@ def run(
         interpret=interpret,
         **cluster,
     )
-    tile_I4 = jnp.stack(tiles[:4], axis=1)
+    tile_I4 = jnp.stack(tiles[:-1], axis=1)
     return kernel(tile_I4, tiles.count.reshape(1), *operands, *epilogue.inputs)
 
 
@@ -211,7 +213,7 @@ def _buffers(tiling: Tiling, format: str, num_boxes: int) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loop:
+class Loop:
     """The three roles, over the same references."""
 
     tiling: Tiling
@@ -297,29 +299,14 @@ class _Loop:
     def multiply(self, depth: int) -> None:
         """Issues copies of scales and MMAs. They run in the order of issue, so one buffer of scales is enough."""
         num_steps = depth // self.tiling.tile_k
-        axis = _CTA if self.tiling.collective else None
+        axis = self._pair
 
         def product(local_index, slot):
             acc = self._accumulator(slot)
 
             def step(k, _):
                 stage = lax.rem(local_index * num_steps + k, jnp.int32(self.tiling.stages))
-                plgpu.barrier_wait(self.full.at[stage])
-                for smem, tmem in (
-                    (self.x_scales, self.x_scales_t),
-                    (self.w_scales, self.w_scales_t),
-                ):
-                    plgpu.async_copy_scales_to_tmem(smem.at[stage], tmem, collective_axis=axis)
-                plgpu.tcgen05_mma(
-                    acc,
-                    self.x.at[stage],
-                    self.w.at[stage].transpose((1, 0)),
-                    self.empty.at[stage],
-                    a_scale=self.x_scales_t,
-                    b_scale=self.w_scales_t,
-                    accumulate=k > 0,
-                    collective_axis=axis,
-                )
+                self._multiply_stage(k, stage, acc)
 
             lax.fori_loop(0, num_steps, step, None)
             plgpu.tcgen05_commit_arrive(self.acc_full.at[slot], collective_axis=axis)
@@ -337,6 +324,29 @@ class _Loop:
                 pl.when(lax.axis_index(_CTA) == 0)(lambda: product(local_index, slot))
             else:
                 product(local_index, slot)
+
+    def _multiply_stage(self, k: jax.Array, stage: jax.Array, acc: Ref) -> None:
+        """Adds a k-step's product to acc, or begins with it at k = 0, once the stage is full; frees it when done."""
+        plgpu.barrier_wait(self.full.at[stage])
+        for smem, tmem in (
+            (self.x_scales, self.x_scales_t),
+            (self.w_scales, self.w_scales_t),
+        ):
+            plgpu.async_copy_scales_to_tmem(smem.at[stage], tmem, collective_axis=self._pair)
+        plgpu.tcgen05_mma(
+            acc,
+            self.x.at[stage],
+            self.w.at[stage].transpose((1, 0)),
+            self.empty.at[stage],
+            a_scale=self.x_scales_t,
+            b_scale=self.w_scales_t,
+            accumulate=k > 0,
+            collective_axis=self._pair,
+        )
+
+    @property
+    def _pair(self) -> str | None:
+        return _CTA if self.tiling.collective else None
 
     def store(self, inputs, outputs, scratch) -> None:
         """Hands each finished accumulator to the epilogue."""
