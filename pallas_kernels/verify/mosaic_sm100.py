@@ -1,0 +1,127 @@
+"""Cases of the W4A4 grouped matmul on data-centre Blackwell: gate and up projections of Qwen3-30B-A3B's experts."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import formats
+from pallas_kernels.aot import Target
+from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import Tiling
+from pallas_kernels.verify import expect
+from pallas_kernels.verify.case import Case, Family, Program, capability
+
+ROWS, EXPERTS, OUTPUTS, INPUTS = 4096, 128, 1536, 2048
+K_PER_MMA = 64  # 4-bit elements of a row that one MMA contracts
+TILINGS = {
+    "128x128": Tiling(tile_n=128, stages=5),
+    "128x256": Tiling(tile_n=256, stages=3, accumulators=1),
+    "256x256, 2 CTAs": Tiling(tile_n=256, stages=4, accumulators=1, collective=True),
+}
+# The schedule of tiles, and little else.
+TEMP_BYTES = 64 * 1024
+
+
+def packed(shape: tuple[int, ...], format: str) -> formats.BlockScaled:
+    """Describes a packed array with scales as tensor cores take them: nothing is computed."""
+
+    def quantize(x):
+        return formats.arranged(formats.quantize(x, format), "tcgen05")
+
+    return jax.eval_shape(quantize, array(*shape))
+
+
+def array(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
+    """Describes an array."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def loop_expectations(format: str, tiling: Tiling, *, boxes: int = 1, loads: int | None = None):
+    """What a main loop must look like: MMAs, copies of scales and loads of one k-step, and nothing of them elsewhere.
+
+    Args:
+      format: of both operands.
+      tiling: of the main loop.
+      boxes: loads that a tile's weights take.
+      loads: if not codes and scales of the rows and of each box.
+    """
+    columns = tiling.scale_columns(format) // 4
+    return (
+        expect.block_scaled_mma(format, tiling.tile_k // K_PER_MMA, ctas=tiling.num_ctas),
+        expect.scale_copies((1 + tiling.tile_n // 128) * columns),
+        expect.tma_loads(2 + 2 * boxes if loads is None else loads),
+        expect.num_kernels(1),
+        expect.no_spills,
+        expect.within_limits,
+        expect.packed_as_they_are(),
+    )
+
+
+def _build(
+    target: Target, *, format: str, tiling: Tiling, out_dtype: jnp.dtype, scaled: bool
+) -> Program:
+    from pallas_kernels.grouped_matmul import mosaic_sm100
+
+    def fn(x, w, group_sizes_E, expert_scale_E, row_scale_T, bias_EN):
+        return mosaic_sm100.grouped_matmul_codes(
+            x,
+            w,
+            group_sizes_E,
+            expert_scale_E=expert_scale_E,
+            row_scale_T=row_scale_T,
+            bias_EN=bias_EN,
+            out_dtype=out_dtype,
+            tiling=tiling,
+            num_sms=target.num_sms,
+        )
+
+    return fn, (
+        packed((ROWS, INPUTS), format),
+        packed((EXPERTS, OUTPUTS, INPUTS), format),
+        array(EXPERTS, dtype=jnp.int32),
+        array(EXPERTS),
+        array(ROWS) if scaled else None,
+        array(EXPERTS, OUTPUTS) if scaled else None,
+    )
+
+
+def _case(name: str, format: str, tiling: Tiling, *, out_dtype=jnp.bfloat16, scaled=False) -> Case:
+    return Case(
+        name=name,
+        format=format,
+        runs_on=capability(10),
+        build=functools.partial(
+            _build, format=format, tiling=tiling, out_dtype=jnp.dtype(out_dtype), scaled=scaled
+        ),
+        expectations=(
+            *loop_expectations(format, tiling),
+            expect.memories(
+                shared_at_most=tiling.smem_bytes(format, out_dtype),
+                tmem_columns=tiling.tmem_columns(format),
+            ),
+            expect.temp_at_most(TEMP_BYTES),
+        ),
+    )
+
+
+FAMILY = Family(
+    name="mosaic_sm100",
+    about="W4A4 grouped matmul, tcgen05 block-scaled MMA",
+    interpreted="numerics, races and mutants, all but 2 CTAs",
+    cases=tuple(
+        case
+        for format in ("nvfp4", "mxfp4")
+        for case in (
+            *(_case(name, format, tiling) for name, tiling in TILINGS.items()),
+            _case(
+                "128x128, float32 out, row scales, bias",
+                format,
+                Tiling(epilogue_n=32),
+                out_dtype=jnp.float32,
+                scaled=True,
+            ),
+        )
+    ),
+)
