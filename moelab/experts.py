@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from moelab import exchange
 from moelab.quant import linear
 from moelab.routing import Routing
+from pallas_kernels.grouped_matmul import dispatch
 
 # gate_up and down; packed ones may come with input_scale (D,), which multiplies the rows before gate_up, and with the
 # calibrated maxima gate_up_amax and down_amax (E,) of static activation scales.
@@ -83,11 +85,8 @@ def apply(
       (T, D) in the dtype of x.
     """
     num_experts = weights["gate_up"].shape[0]
-    if "input_scale" in weights:
-        x_TD = (x_TD * weights["input_scale"][None]).astype(x_TD.dtype)
-    names = ("gate_up_amax", "down_amax")
     return pallas_kernels.routed_expert_mlp(
-        x_TD,
+        _scaled(x_TD, weights),
         routing.token_N,
         jnp.minimum(routing.expert_N, num_experts),  # ids above E compute nothing
         routing.weight_N,
@@ -95,7 +94,66 @@ def apply(
         cast(weights["down"], x_TD.dtype, precision),
         assignments_per_token=assignments_per_token,
         precision=precision,
-        x_amax=tuple(weights[name] if name in weights else None for name in names),
+        x_amax=_maxima(weights),
         key=key,
         implementation=implementation,
     )
+
+
+def apply_parallel(
+    weights: Weights,
+    x_TD: jax.Array,
+    routing: Routing,
+    *,
+    assignments_per_token: int | None,
+    axis: str,
+    receive_factor: float,
+    precision: pallas_kernels.MlpPrecision | None = None,
+    key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `apply`, with the experts split over the devices of a mesh axis: rows travel, weights do not.
+
+    Args:
+      weights: of this device's experts alone, the E / P that follow those of the device before.
+      x_TD, routing, assignments_per_token, precision, key, implementation: as in `apply`; experts by global number.
+      axis: mesh axis.
+      receive_factor: rows that a device makes room for, over the N assignments of its own; 0: all that can come.
+
+    Returns:
+      (T, D) in the dtype of x, and (N,) whether an assignment was computed or had no expert anyway: False where its
+      device had no room.
+    """
+    num_devices = jax.lax.axis_size(axis)
+    num_experts, count = weights["gate_up"].shape[0] * num_devices, routing.token_N.shape[0]
+    expert_N = jnp.minimum(routing.expert_N, num_experts)
+    plan = dispatch.make_plan(
+        routing.token_N, expert_N, x_TD.shape[0], num_experts, assignments_per_token
+    )
+    rows = exchange.room(count, num_devices, receive_factor)
+    swap = exchange.plan(plan.group_sizes_E, count, rows, axis)
+    x_RD = exchange.to_experts(dispatch.dispatch(_scaled(x_TD, weights), plan), swap, axis)
+    y_RD = pallas_kernels.expert_mlp(
+        x_RD,
+        cast(weights["gate_up"], x_TD.dtype, precision),
+        cast(weights["down"], x_TD.dtype, precision),
+        swap.sizes_S,
+        precision=precision,
+        x_amax=_maxima(weights),
+        key=key,
+        implementation=implementation,
+    )
+    y_ND = exchange.to_tokens(y_RD, swap, axis)
+    y_TD = dispatch.combine(y_ND, routing.weight_N.astype(jnp.float32), plan, x_TD.shape[0])
+    kept_N = (swap.kept_N | (jnp.arange(count) >= plan.kept))[plan.position_N]
+    return y_TD.astype(x_TD.dtype), kept_N
+
+
+def _scaled(x_TD: jax.Array, weights: Weights) -> jax.Array:
+    if "input_scale" not in weights:
+        return x_TD
+    return (x_TD * weights["input_scale"][None]).astype(x_TD.dtype)
+
+
+def _maxima(weights: Weights) -> tuple[jax.Array | None, jax.Array | None]:
+    return tuple(weights.get(name) for name in ("gate_up_amax", "down_amax"))

@@ -477,6 +477,8 @@ def _moe_config(config, recipe: recipes.Recipe, token_counts: tuple[int, ...]) -
         shared_precision=precisions.of_role(recipe, "shared_experts"),
         router_precision=precisions.of_role(recipe, "router"),
         implementation=None if implementation == "auto" else implementation,
+        parallel=config.moe.parallel,
+        receive_factor=config.moe.receive_factor,
     )
 
 

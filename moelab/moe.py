@@ -34,6 +34,8 @@ class MoeConfig:
       shared_precision: of the shared experts.
       router_precision: formats of the router's parameters and input, whose product stays float32.
       implementation: grouped matmul backend; None picks.
+      parallel: each device holds its share of the experts, and rows travel to them.
+      receive_factor: see `experts.apply_parallel`.
     """
 
     router: Router
@@ -46,6 +48,8 @@ class MoeConfig:
     shared_precision: pallas_kernels.MatmulPrecision | None = None
     router_precision: pallas_kernels.MatmulPrecision | None = None
     implementation: str | None = None
+    parallel: bool = False
+    receive_factor: float = 0.0
 
     @property
     def leak(self) -> str:
@@ -56,6 +60,8 @@ class MoeConfig:
             return self.router.reason
         if self.capacity_factor and self.router.slots != 1:
             return "under a capacity, first choices of later tokens drop second choices of earlier ones"
+        if self.parallel and self.receive_factor:
+            return "where a device has no room for a row, later tokens' rows may take it from earlier ones"
         return ""
 
 
@@ -104,19 +110,21 @@ class MoeBlock(nn.Module):
         x_TD = x_BLD.reshape(-1, width)
         # In this order: a parameter's random key depends on the ones before it.
         router_params = self.param("router", _init_router(router, width))
-        weights = {"experts": self._expert_weights(width)}
+        weights, idle_weights = self._expert_weights(width), {}
         if router.idle_experts:
-            weights["idle"] = self.param("idle", idle.init, router.idle_experts, width)
+            idle_weights = self.param("idle", idle.init, router.idle_experts, width)
         states = {
             name: self._mechanism_state(name, mechanism) for name, mechanism in config.mechanisms
         }
         local = parallel.shard_tokens(
-            _local_forward(config, inputs.train), self.mesh, (True, True, False, False, False)
+            _local_forward(config, inputs.train),
+            self.mesh,
+            (True, True, False, False, config.parallel),
         )
         self.sow("calibration", "x_TD", x_TD)  # kept only where the caller makes it mutable
         # The key is no token's: it goes in with the parameters.
         per_token, key = inputs._replace(train=None, key=None), inputs.key
-        shared = {"router": router_params, "key": key}
+        shared = {"router": router_params, "key": key, "idle": idle_weights}
         y_TD, routing = local(x_TD, per_token, shared, _bias(config, states), weights)
         if config.shared_width:
             y_TD = y_TD + self._shared_experts(x_TD, linear.fold(key, inputs.position_T[0]))
@@ -185,22 +193,38 @@ def _local_forward(config: MoeConfig, train: bool):
             limit = capacity.limit(x_TD.shape[0] * router.k, router.num_experts, factor)
             first_T = routing.weight_N.reshape(-1, router.slots)[:, 0] if router.by_score else None
             routing = capacity.drop(routing, router.num_experts, router.slots, limit, first_T)
-        y_TD = experts.apply(
-            weights["experts"],
-            x_TD,
-            routing,
-            assignments_per_token=router.slots,
-            precision=config.precision,
-            key=_rounding_key(config, inputs),
-            implementation=config.implementation,
-        )
+        y_TD, routing = _experts(config, weights, x_TD, routing, _rounding_key(config, inputs))
         if router.idle_experts:
             kinds, num_experts = router.idle_experts, router.num_experts
-            y_TD = y_TD + idle.apply(weights["idle"], kinds, x_TD, routing, num_experts)
+            y_TD = y_TD + idle.apply(shared["idle"], kinds, x_TD, routing, num_experts)
         first = jax.lax.axis_index(parallel.DATA) * x_TD.shape[0]
         return y_TD, routing._replace(token_N=routing.token_N + first)
 
     return forward
+
+
+def _experts(
+    config: MoeConfig,
+    weights: experts.Weights,
+    x_TD: jax.Array,
+    routing: routing_lib.Routing,
+    key: jax.Array | None,
+) -> tuple[jax.Array, routing_lib.Routing]:
+    """The experts' output, and the routing without what no device had room for."""
+    options = dict(
+        assignments_per_token=config.router.slots,
+        precision=config.precision,
+        key=key,
+        implementation=config.implementation,
+    )
+    if not config.parallel:
+        return experts.apply(weights, x_TD, routing, **options), routing
+    options |= dict(axis=parallel.DATA, receive_factor=config.receive_factor)
+    y_TD, kept_N = experts.apply_parallel(weights, x_TD, routing, **options)
+    return y_TD, routing._replace(
+        expert_N=jnp.where(kept_N, routing.expert_N, config.router.num_experts),
+        weight_N=jnp.where(kept_N, routing.weight_N, 0),
+    )
 
 
 def _router_operands(config: MoeConfig, params: Any, x_TD: jax.Array) -> tuple[dict, jax.Array]:

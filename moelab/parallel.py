@@ -1,6 +1,7 @@
 """The device mesh and how a batch lies on it.
 
-One axis, `data`: tokens are split over it, weights are the same everywhere. Routing, dispatch and experts run inside
+One axis, `data`: tokens are split over it; weights are the same everywhere, but for those of experts where a config
+says `moe.parallel`: each device has its share of every layer's. Routing, dispatch and experts run inside
 `shard_map`, so what they see is local and every collective is explicit.
 """
 
@@ -38,6 +39,26 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """How weights and states lie on the mesh: the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def placement(mesh: jax.sharding.Mesh, tree, split_experts: bool):
+    """How the leaves of a state lie on the mesh: replicated, but for the experts' weights if they are split.
+
+    Args:
+      mesh: from `make_mesh`.
+      tree: parameters, packed weights, or any state with leaves shaped and named like them (an optimizer's moments).
+      split_experts: over the axis of experts, which follows that of the repetitions of a scan.
+
+    Returns:
+      A tree of NamedSharding.
+    """
+
+    def of(path, leaf) -> NamedSharding:
+        is_expert = any(getattr(key, "key", None) == "experts" for key in path)
+        split = split_experts and is_expert and leaf.ndim > 1
+        return NamedSharding(mesh, PartitionSpec(None, DATA) if split else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def shard_tokens(

@@ -49,6 +49,10 @@ class Moe:
         0  # Soft MoE (arXiv:2308.00951) with so many slots per expert and sequence; 0: a router
     )
     implementation: str = "auto"  # grouped matmul backend; auto picks the fastest that works here
+    parallel: bool = False  # split the experts over the devices; False: each device has all of them
+    receive_factor: float = (
+        0.0  # with parallel: rows a device has room for over those it sends; 0: all that can come
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

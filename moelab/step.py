@@ -465,5 +465,7 @@ def abstract_state(
     """Shapes, dtypes and placement of a run's state."""
     watch = oscillation_reset(config)
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, config.seed, watch))
-    sharding = parallel.replicated(model.mesh)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+    placed = parallel.placement(model.mesh, shapes, config.moe.parallel)
+    return jax.tree.map(
+        lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), shapes, placed
+    )

@@ -205,7 +205,7 @@ class _Session:
         watch = step_lib.oscillation_reset(self.config)
         init = jax.jit(
             lambda: step_lib.init_state(self.model, self.optimizer, self.config.seed, watch),
-            out_shardings=parallel.replicated(self.mesh),
+            out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
         if self.config.train.start_from:
             return self._continued(init())
@@ -225,7 +225,7 @@ class _Session:
             raise ConfigError(
                 f"train.start_from={run!r} has a model of other shapes than this config"
             )
-        params, router_state = jax.device_put(theirs, parallel.replicated(self.mesh))
+        params, router_state = self._on_mesh(theirs)
         return self._started_from("started_from", run, loaded, state, params, router_state)
 
     def _started_from(self, event, run, loaded, state, params, router_state):
@@ -234,13 +234,17 @@ class _Session:
         opt_state = self.optimizer.init(params)
         return state._replace(params=params, opt_state=opt_state, router_state=router_state)
 
+    def _on_mesh(self, tree):
+        to = parallel.placement(self.mesh, tree, self.config.moe.parallel)
+        return jax.device_put(tree, to)
+
     def _upcycled(self, state: step_lib.TrainState) -> step_lib.TrainState:
         """The first state, with the parameters of a dense run."""
         loaded = _load_other(self.config.upcycle.run, self.dataset)
         dense_model = model_lib.from_dataset(loaded.config, loaded.dataset)
         dense = jax.device_get(loaded.state.params)
         new = upcycle.params(self.config, self.model, state.params, dense_model, dense)
-        new = jax.device_put(new, parallel.replicated(self.mesh))
+        new = self._on_mesh(new)
         run, kept = self.config.upcycle.run, state.router_state
         return self._started_from("upcycled", run, loaded, state, new, kept)
 

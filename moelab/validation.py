@@ -61,6 +61,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         *_data(config),
         *_names(config),
         *_kernel(config, num_devices),
+        *_parallel(config, num_devices),
         *_open_sets(config),
         *_upcycle(config),
         *_quantization(config),
@@ -248,6 +249,26 @@ def _kernel(config: ml_collections.ConfigDict, num_devices: int | None) -> Itera
     reason = kernels[name].wrong_device(importlib.import_module("pallas_kernels.device").current())
     if reason:
         yield Problem("moe.implementation", f"cannot be {name}: {reason}; use auto")
+
+
+def _parallel(config: ml_collections.ConfigDict, num_devices: int | None) -> Iterator[Problem]:
+    """Experts that are split over devices."""
+    moe = config.moe
+    if moe.receive_factor < 0:
+        yield Problem("moe.receive_factor", f"must be at least 0, got {moe.receive_factor}")
+    elif moe.receive_factor and not moe.parallel:
+        yield Problem("moe.receive_factor", "has no use without moe.parallel=True")
+    if not moe.parallel:
+        return
+    if moe.slots_per_expert:
+        yield Problem("moe.parallel", "splits routed experts; Soft MoE has slots, not routes")
+    elif not moe.num_experts:
+        yield Problem("moe.parallel", "splits experts, and moe.num_experts is 0")
+    elif num_devices and moe.num_experts % num_devices:
+        yield Problem(
+            "moe.num_experts",
+            f"must be divisible by the {num_devices} devices with moe.parallel, got {moe.num_experts}",
+        )
 
 
 def _listed(path: str, given: tuple[str, ...], known: tuple[str, ...]) -> Iterator[Problem]:

@@ -17,4 +17,7 @@ assert_same_steps(whole, steps(2))
 assert_same_steps(whole, steps(8, accumulation_steps=2))
 # What `auto` picks runs inside shard_map as well.
 assert_same_steps(whole, steps(8, implementation="auto"))
+# Each device has two experts of eight, and rows travel.
+eight = dict(num_experts=8)
+assert_same_steps(steps(1, moe=eight), steps(4, moe=eight | dict(parallel=True)))
 print("equal on 1, 2 and 8 devices")

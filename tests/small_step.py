@@ -23,12 +23,18 @@ BALANCE = dict(
 
 
 def small_config(
-    kind="top_k", batch_size=8, remat=False, balance=None, implementation="reference", **fields
+    kind="top_k",
+    batch_size=8,
+    remat=False,
+    balance=None,
+    moe=None,
+    implementation="reference",
+    **fields,
 ):
     """The config of the small model: a router and its mechanisms."""
     return make_config(
         model=NARROW | dict(remat=remat),
-        moe=dict(num_experts=4, expert_width=16, implementation=implementation),
+        moe=dict(num_experts=4, expert_width=16, implementation=implementation) | (moe or {}),
         router=dict(kind=kind) | FIELDS.get(kind, {}) | fields,
         train=dict(batch_size=batch_size, length=LENGTH, head_chunk=0, clip_norm=0.0),
         balance=balance or {},
