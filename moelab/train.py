@@ -185,9 +185,11 @@ class _Session:
             document_BL=array(shape, np.int32),
         )
         poison = jax.ShapeDtypeStruct((), np.float32)
-        jitted = jax.jit(train_step, donate_argnums=0)
+        state = step_lib.abstract_state(self.config, self.model, self.optimizer)
+        placed = jax.tree.map(lambda a: a.sharding, state)
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))
         return jitted.lower(
-            step_lib.abstract_state(self.config, self.model, self.optimizer),
+            state,
             batch,
             poison,
             jax.tree.map(

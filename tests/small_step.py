@@ -79,7 +79,8 @@ def with_every_mechanism(transformer):
 def initial_state(transformer):
     """The state before the first step; plain gradient descent with rate 1, so that parameters show gradients."""
     state = jax.jit(lambda: step.init_state(transformer, optax.sgd(1.0), 0))()
-    return jax.device_put(state, parallel.replicated(transformer.mesh))
+    split = any(b.moe.parallel for s in transformer.segments for b in s.blocks if b.moe)
+    return jax.device_put(state, parallel.placement(transformer.mesh, state, split))
 
 
 def compiled_step(config, transformer, accumulation_steps=1):
