@@ -13,7 +13,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import MatmulPrecision, operands
+from pallas_kernels.grouped_matmul import MatmulPrecision, transposed_operands
 
 K, N, E, T = 64, 32, 5, 75
 SIZES = np.array([20, 0, 33, 1, 16])  # 70 of 75 rows have an expert
@@ -71,7 +71,7 @@ def along_tokens(a, precision, format, rule):
     unit = max(*blocks, precision.hadamard or 1)
     a = np.pad(np.asarray(a), ((0, -a.shape[0] % unit), (0, 0))).T
     if precision.hadamard:
-        signs = jnp.asarray(operands.token_signs(precision.hadamard))
+        signs = jnp.asarray(transposed_operands.token_signs(precision.hadamard))
         a = formats.block_hadamard(jnp.asarray(a), precision.hadamard, signs=signs)
     return rounded(a, format, rule, num_batch_axes=0)
 
@@ -154,7 +154,7 @@ def test_stochastic_rounding_is_of_gradients_only_and_unbiased():
             rows = slice(start, start + size)
             x_t = along_tokens(X[rows], precision, "nvfp4", None)
             dy = np.pad(np.asarray(DY[rows]), ((0, -size % 32), (0, 0))).T
-            signs = jnp.asarray(operands.token_signs(16))
+            signs = jnp.asarray(transposed_operands.token_signs(16))
             dy = np.asarray(formats.block_hadamard(jnp.asarray(dy), 16, signs=signs), np.float64)
             want_dw[e] = dy @ x_t.T
         start += size

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device, formats
-from pallas_kernels.grouped_matmul import operands, reference, windows
+from pallas_kernels.grouped_matmul import operands, reference, transposed_operands, windows
 from pallas_kernels.grouped_matmul.kernels import Kernel, Problem
 from pallas_kernels.grouped_matmul.precision import PLAIN, MatmulPrecision, MlpPrecision, Weight
 
@@ -218,11 +218,11 @@ def _input_gradient(computes, dy_TN: Weight, w_ENK, used_ENK, group_sizes_E, pre
 
 def _weight_gradient(computes, x_TK, dy_TN, group_sizes_E, precision, key):
     """dw[e] = dy^T x over the rows of e, both quantized along the tokens; exactly zero for an empty group."""
-    blocks = [formats.FORMATS[f].block for f in (precision.x, precision.dy)]
-    unit = max(*blocks, precision.hadamard or 1)  # all powers of two
-    layout = operands.units(group_sizes_E, x_TK.shape[0], unit)
-    value_PN = operands.along_tokens(dy_TN, layout, precision, precision.dy, None, key)
-    value_PK = operands.along_tokens(x_TK, layout, precision, precision.x, precision.x_rule, None)
+    unit = transposed_operands.smallest_unit(precision)
+    layout = transposed_operands.units(group_sizes_E, x_TK.shape[0], unit)
+    dy_BNU = transposed_operands.quantize(dy_TN, layout, precision, precision.dy, None, key)
+    x_BKU = transposed_operands.quantize(x_TK, layout, precision, precision.x, precision.x_rule)
+    value_PN, value_PK = (transposed_operands.values(q) for q in (dy_BNU, x_BKU))
     return computes[0].weight_gradient(value_PN, value_PK, layout.sizes_E)
 
 
