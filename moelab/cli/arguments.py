@@ -24,6 +24,7 @@ examples:
   moelab report runs/a runs/b --out=report.html         compare finished runs
   moelab routes record runs/demo                        which experts do the tokens go to?
   moelab quantize --workdir=runs/demo --out=packed      4-bit experts, stored and compared
+  moelab kernels verify --target=b200,h100              compile the kernels for GPUs that are not here
 
 exit codes: 0 done, 2 your error, 1 crash, 3 non-finite losses, 75 pre-empted (run again to resume)
 'moelab COMMAND --help' explains one command.
@@ -75,6 +76,7 @@ def build() -> argparse.ArgumentParser:
     _results(commands)
     _quantize(commands)
     _routes(_group(commands, "routes", "record, replay, compare and place routes of tokens"))
+    _kernels(_group(commands, "kernels", "list the GPU kernels; verify them without a GPU"))
     config = _group(commands, "config", "show, compare and list configs")
     _config(config)
     data = _group(commands, "data", "build or describe the data of a config")
@@ -213,6 +215,19 @@ def _routes(routes) -> None:
         ("groups", _positive, None, "groups of experts that stay on one node; with --nodes"),
     ):
         place.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
+
+
+def _kernels(kernels) -> None:
+    text = "which GPU kernels there are, and what is proven of each"
+    _add(kernels, "list", "kernels:listing", text)
+    text = "compile kernels for GPUs that are not here and check the machine code"
+    verify = _add(kernels, "verify", "kernels:verify", text)
+    verify.add_argument(
+        "--target", type=_names, default=(), metavar="A,B", help="GPUs: b200,h100,... (all of them)"
+    )
+    verify.add_argument(
+        "--kernel", type=_names, default=(), metavar="A,B", help="kernels of 'kernels list' (all)"
+    )
 
 
 def _takes_run(parser: argparse.ArgumentParser) -> None:
