@@ -106,3 +106,17 @@ def table(here: device.Device) -> dict[str, str]:
         fallback = "ragged_dot" if here.is_cuda and w == "bfloat16" else "xla_windows"
         found[name] = fallback if kernel is None else f"{kernel} ({kernels.HARDWARE})"
     return found
+
+
+def for_device(w: formats.BlockScaled, here: device.Device | None = None) -> formats.BlockScaled:
+    """Returns packed weights with their scales as the kernels of a device read them: once, when weights are loaded.
+
+    Args:
+      w: (..., E, N, K).
+      here: None: the current device.
+    """
+    here = device.current() if here is None else here
+    four_bits = formats.FORMATS[w.format].element.bits == 4 and w.ndim > 1
+    byte_scales = not formats.FORMATS[w.format].float_scales
+    tiles = here.is_tcgen05 and four_bits and byte_scales
+    return formats.arranged(w, "tcgen05" if tiles else "linear")

@@ -13,7 +13,7 @@ import contextvars
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ from pallas_kernels.grouped_matmul.precision import Weight
 HARDWARE = "not yet run on hardware"
 _E4M3_SCALES = tuple(name for name, spec in formats.FORMATS.items() if spec.scale == "e4m3")
 _W4 = (*_E4M3_SCALES, "mxfp4")
-_PACKAGE = "pallas_kernels.grouped_matmul"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +117,9 @@ class Kernel:
             scale_T = formats.global_scale(x_TK)
             if scale_T is not None:
                 row_scale_T = scale_T if row_scale_T is None else scale_T * row_scale_T
-        return _CALLS[self.name](
-            x_TK, w_ENK, group_sizes_E, expert_E, row_scale_T, bias_EN, out_dtype, device
-        )
+        scales = dict(expert_scale_E=expert_E, row_scale_T=row_scale_T, bias_EN=bias_EN)
+        operands = (x_TK, w_ENK, group_sizes_E)
+        return _call(self.name, *operands, scales=scales, out_dtype=out_dtype, device=device)
 
     def __str__(self) -> str:
         return self.name
@@ -164,8 +163,14 @@ def _scale(format: str) -> str:
     return formats.FORMATS[format].scale
 
 
-def _module(name: str):
-    return importlib.import_module(f"{_PACKAGE}.{name}")
-
-
-_CALLS: dict[str, Callable] = {}
+def _call(kernel: str, *operands, scales: dict, out_dtype: jnp.dtype, device: Device) -> jax.Array:
+    """Calls a kernel's function: what differs between the families is here."""
+    module = importlib.import_module(f"pallas_kernels.grouped_matmul.{kernel}")
+    options: dict[str, Any] = scales | dict(out_dtype=out_dtype)
+    if kernel.startswith("triton"):
+        options |= dict(tiling=None, capability=device.capability)
+    else:
+        options |= dict(num_sms=device.num_sms, interpret=_INTERPRET.get())
+    if kernel == "mosaic_sm100":
+        options |= dict(tiling=module.default_tiling(operands[1].format, out_dtype))
+    return module.grouped_matmul_codes(*operands, **options)
