@@ -10,11 +10,13 @@ import contextlib
 import contextvars
 import functools
 import hashlib
+import threading
 import types
-import uuid
+import weakref
 from collections.abc import Iterator
 
 import jax
+import jax.extend.core
 import numpy as np
 
 VERSIONS = ("0.12.0", "0.12.0.1")
@@ -187,6 +189,29 @@ def _task_clock(memory, thread, pipeline_clock, tma_thread_id):
     return clock
 
 
+@once
+def compile_interpreted_threads_once() -> None:
+    """Lets interpret mode compile a kernel's program once for all of its threads, and keep it for the next call.
+
+    Without it every warpgroup and every warp compiles the same program, in each call: most of a small test's time.
+
+    Assumes: `thread_map` hands every thread the same jaxpr, and arguments of the same types.
+    """
+    from jax._src.pallas.mosaic.interpret import thread_map
+
+    lock, programs = threading.Lock(), weakref.WeakKeyDictionary()
+
+    def run_jaxpr(jaxpr, consts, *args):
+        with lock:
+            if jaxpr not in programs:
+                traced = jax.jit(thread_map._run, static_argnums=0).trace(jaxpr, consts, *args)
+                programs[jaxpr] = traced.lower().compile()
+            program = programs[jaxpr]
+        program(consts, *args)
+
+    thread_map._run_jaxpr = run_jaxpr
+
+
 def reset_interpreter() -> None:
     """Forgets what a kernel that raised in interpret mode left behind, so that the next one can run."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -273,29 +298,113 @@ def _record_triton() -> None:
     )
 
 
-_SALT: contextvars.ContextVar[str] = contextvars.ContextVar("salt", default="")
+_MOSAIC_SHARED: contextvars.ContextVar[dict | None] = contextvars.ContextVar("shared", default=None)
 
 
 @contextlib.contextmanager
-def uncached_mosaic() -> Iterator[None]:
-    """Has Mosaic compile every kernel that is lowered inside the context, and dump it, even if it did so before."""
-    _salt_mosaic_kernels()
-    token = _SALT.set(uuid.uuid4().hex)
+def recorded_mosaic() -> Iterator[dict[str, int]]:
+    """Collects name -> bytes of dynamic shared memory of the Mosaic kernels that are lowered inside the context.
+
+    The compiler keeps kernels for as long as the process lives, by a hash from Python: inside the context it compiles
+    them again, so that their code can be seen.
+    """
+    _record_mosaic()
+    shared: dict[str, int] = {}
+    token = _MOSAIC_SHARED.set(shared)
     try:
-        yield
+        yield shared
     finally:
-        _SALT.reset(token)
+        _MOSAIC_SHARED.reset(token)
 
 
 @once
-def _salt_mosaic_kernels() -> None:
-    """Lets `uncached_mosaic` work: the compiler keeps kernels for as long as the process lives, by a hash from Python.
+def _record_mosaic() -> None:
+    """Lets `recorded_mosaic` see the launch of every kernel, and changes the hash that it is kept by.
 
-    Assumes: `core` uses hashlib for this hash alone, and nothing checks it against the module.
+    Assumes: modules go through `core._run_serde_pass` just before they are hashed, with the launch in a function's
+    first block, its shared memory an i32 constant; `core` uses hashlib for this hash alone, and nothing checks it.
     """
     from jax.experimental.mosaic.gpu import core
 
-    def salted(data: bytes):
-        return hashlib.sha256(data + _SALT.get().encode())
+    serde = core._run_serde_pass
 
+    def record(module, *, serialize, **options):
+        if serialize and _MOSAIC_SHARED.get() is not None:
+            _MOSAIC_SHARED.get().update(_shared_bytes(module))
+        return serde(module, serialize=serialize, **options)
+
+    def salted(data: bytes):
+        shared = _MOSAIC_SHARED.get()
+        return hashlib.sha256(data + (b"" if shared is None else str(id(shared)).encode()))
+
+    core._run_serde_pass = record
     core.hashlib = types.SimpleNamespace(sha256=salted)
+
+
+def _shared_bytes(module) -> Iterator[tuple[str, int]]:
+    """Yields (name, bytes of dynamic shared memory) of a Mosaic module's kernel."""
+    for function in module.body.operations:
+        for region in function.operation.regions:
+            operations = (op for block in region.blocks for op in block.operations)
+            for launch in (op.operation for op in operations if op.operation.name == "gpu.launch"):
+                sizes = [v.owner.attributes["value"].value for v in launch.operands if _is_i32(v)]
+                yield function.operation.attributes["sym_name"].value, sizes[0] if sizes else 0
+
+
+def _is_i32(value) -> bool:
+    return str(value.type) == "i32"
+
+
+_DIVIDE = jax.extend.core.Primitive("ieee_divide")
+_DIVIDE.def_abstract_eval(lambda *operands: operands[-1])
+
+
+def ieee_divide(a: jax.Array | None, b: jax.Array) -> jax.Array:
+    """Returns a / b, or 1 / b where a is None, rounded to nearest even, in Mosaic kernels of Lane semantics too.
+
+    There `/` becomes `div.full.f32` or `rcp.approx.f32`: XLA's plugin sets `-nvptx-prec-divf32=1` for all that LLVM
+    compiles in the process. This is `div.rn.f32` or `rcp.rn.f32`.
+
+    Args:
+      a: float32 of b's shape, or None.
+      b: float32.
+
+    Assumes: `_pointwise` hands over a register at a time, a vector of float32.
+    """
+    _lower_ieee_divide()
+    return _DIVIDE.bind(b) if a is None else _DIVIDE.bind(a, b)
+
+
+@once
+def _lower_ieee_divide() -> None:
+    """Registers `ieee_divide` with XLA, where no simplification may cross it, and with Mosaic."""
+    from jax._src.pallas.mosaic_gpu import lowering
+    from jax.experimental.mosaic.gpu import LoweringSemantics
+    from jax.interpreters import mlir
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm, vector
+
+    def xla(*operands):
+        a = jax.numpy.ones_like(operands[-1]) if len(operands) == 1 else operands[0]
+        return jax.lax.optimization_barrier(a / operands[-1])
+
+    def ptx(*registers):
+        f32 = ir.F32Type.get()
+        code = ("rcp.rn.f32 $0, $1;", "div.rn.f32 $0, $1, $2;")[len(registers) - 1]
+        found = [
+            llvm.inline_asm(
+                f32,
+                [vector.extract(r, dynamic_position=[], static_position=[i]) for r in registers],
+                code,
+                "=f" + ",f" * len(registers),
+            )
+            for i in range(ir.VectorType(registers[0].type).shape[0])
+        ]
+        return vector.from_elements(registers[0].type, found)
+
+    def mosaic(ctx, *operands):
+        arrays = [lowering._ensure_fa(x, aval.dtype) for x, aval in zip(operands, ctx.avals_in)]
+        return arrays[0]._pointwise(ptx, *arrays[1:])
+
+    mlir.register_lowering(_DIVIDE, mlir.lower_fun(xla, multiple_results=False))
+    lowering.register_lowering_rule(_DIVIDE, LoweringSemantics.Lane)(mosaic)

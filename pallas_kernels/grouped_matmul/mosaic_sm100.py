@@ -8,6 +8,7 @@ T rows sorted by expert, K contraction axis, N output axis, E experts, C = scale
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -19,7 +20,7 @@ from jax import lax
 from pallas_kernels.formats import FORMATS, BlockScaled, arranged
 from pallas_kernels.grouped_matmul import mosaic_sm100_loop as main_loop
 from pallas_kernels.grouped_matmul import tiles
-from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import TILE_M, Tiling
+from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import SMEM_BYTES, TILE_M, Tiling
 
 __all__ = ["Tiling", "default_tiling", "grouped_matmul_codes"]
 
@@ -27,9 +28,10 @@ OUT_DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 def default_tiling(format: str, out_dtype: jnp.dtype) -> Tiling:
-    """Returns a tiling that fits every shape the kernel takes."""
-    wide = jnp.dtype(out_dtype).itemsize == 4
-    return Tiling(epilogue_n=32 if wide else 64)
+    """Returns a tiling that fits every shape that the kernel takes with tiles of 128 columns."""
+    tiling = Tiling(stages=6)
+    fits = tiling.smem_bytes(format, out_dtype) <= SMEM_BYTES
+    return tiling if fits else dataclasses.replace(tiling, stages=5)
 
 
 def grouped_matmul_codes(
@@ -86,11 +88,11 @@ def grouped_matmul_codes(
     if row_scale_T is not None:
         inputs.append(jnp.pad(row_scale_T, (0, -num_rows % tiling.tile_m)))
     if bias_EN is not None:
-        inputs.append(bias_EN.astype(jnp.float32))
+        inputs.append(bias_EN)
     epilogue = main_loop.Epilogue(
         inputs=tuple(inputs),
         out_type=(jax.ShapeDtypeStruct((num_rows, num_columns), out_dtype),),
-        scratch={"out": plgpu.SMEM((2, TILE_M, tiling.epilogue_n), out_dtype)},
+        scratch={"out": tiling.out_buffers(out_dtype)},
         num_columns=num_columns // tiling.tile_n,
         boxes=lambda column: (column * tiling.tile_n,),
         store=functools.partial(
@@ -160,8 +162,6 @@ def check(
         raise ValueError(f"out_dtype must be bfloat16 or float32, got {out_dtype}")
     if num_sms < tiling.num_ctas:
         raise ValueError(f"num_sms must be at least {tiling.num_ctas}, got {num_sms}")
-    if tiling.tile_n % tiling.epilogue_n:
-        raise ValueError(f"epilogue_n must divide tile_n, got {tiling}")
     tiling.check_budgets(w.format, out_dtype)
 
 
@@ -200,22 +200,29 @@ def _store(
         rows = optional[0].at[pl.ds(tile.block * TILE_M, TILE_M)]
         row_T = plgpu.load(rows, layout=layout.reduce(1), optimized=False)
         factor = lax.broadcast_in_dim(row_T * factor, (TILE_M, width), (0,))
-    for chunk in range(chunks):
-        within = pl.ds(chunk * width, width)
-        columns = pl.ds(tile.column * tiling.tile_n + chunk * width, width)
-        out = plgpu.async_load_tmem(acc.at[:, within], layout=layout) * factor
+
+    def columns(chunk):
+        return pl.ds(tile.column * tiling.tile_n + chunk * width, width)
+
+    def scaled_columns(chunk):
+        out = plgpu.async_load_tmem(acc.at[:, pl.ds(chunk * width, width)], layout=layout) * factor
         if biased:
-            bias = optional[-1].at[tile.expert, columns]
+            bias = optional[-1].at[tile.expert, columns(chunk)]
             bias_N = plgpu.load(bias, layout=layout.reduce(0), optimized=False)
+            bias_N = bias_N.astype(jnp.float32)
             out = out + lax.broadcast_in_dim(bias_N, (TILE_M, width), (1,))
         if chunk == chunks - 1:
             release()
+        return out.astype(outputs[0].dtype)
+
+    for chunk in range(chunks):
+        value = scaled_columns(chunk)
         buffer = scratch["out"].at[chunk % 2]
         # The copies that read this buffer two chunks ago.
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        buffer[...] = out.astype(buffer.dtype)
+        buffer[...] = value
         plgpu.commit_smem()
-        _copy_rows(buffer, outputs[0], tile.block, tile.first_row, tile.rows, columns)
+        _copy_rows(buffer, outputs[0], tile.block, tile.first_row, tile.rows, columns(chunk))
 
 
 def _copy_rows(buffer, out, block, first_row, rows, columns) -> None:

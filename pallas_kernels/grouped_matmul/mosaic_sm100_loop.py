@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import private_jax
+from pallas_kernels.formats import FORMATS
 from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import TILE_M, Tiling
 from pallas_kernels.grouped_matmul.tiles import Tiles
 
@@ -123,6 +124,7 @@ def run(
     """
     if interpret is not None:
         private_jax.interpret_block_scaled()
+        private_jax.compile_interpreted_threads_once()
     num_inputs, num_outputs = len(epilogue.inputs), len(epilogue.out_type)
 
     def body(tile_I4, count, *refs, **scratch):
@@ -411,6 +413,4 @@ class Loop:
 
 def scale_dtype(format: str) -> jnp.dtype:
     """The dtype that tells tensor cores a format's scales."""
-    from pallas_kernels.formats import FORMATS
-
     return jnp.float8_e4m3fn if FORMATS[format].scale == "e4m3" else jnp.float8_e8m0fnu

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.formats import FORMATS
@@ -24,7 +26,10 @@ class Tiling:
       tile_k: contraction steps of 256, or multiples.
       stages: k-steps of operands in flight.
       accumulators: 2: the next tile is multiplied while the last one is stored; 1: it waits, and needs half the TMEM.
-      epilogue_n: columns that are stored at a time, from two buffers in turn.
+      epilogue_n: columns that are stored at a time, from two buffers in turn; at most half of tile_n.
+      swizzled_out: those buffers are swizzled, so that no bank of shared memory is written twice at once. Needs
+        epilogue_n columns of 128 bytes. Copies then begin at any row of a swizzled buffer, which the programming guide
+        allows and nothing here can show.
       collective: two CTAs share a tile of 256 rows: each loads half of the weights' rows. Cannot be interpreted.
       group_order: row tiles that are gone through together before the next columns. 1 reads a row tile once and the
         weights of an expert once per row tile; more read weights less often and rows more often. To keep L2 hits.
@@ -37,7 +42,8 @@ class Tiling:
     tile_k: int = _TILE_K
     stages: int = 5
     accumulators: int = 2
-    epilogue_n: int = 64
+    epilogue_n: int = 32
+    swizzled_out: bool = False
     collective: bool = False
     group_order: int = 1
 
@@ -48,8 +54,11 @@ class Tiling:
             raise ValueError(f"tile_k must be a multiple of {_TILE_K}, got {self.tile_k}")
         if self.accumulators not in (1, 2):
             raise ValueError(f"accumulators must be 1 or 2, got {self.accumulators}")
-        if self.epilogue_n not in (16, 32, 64, 128):
-            raise ValueError(f"epilogue_n must be 16, 32, 64 or 128, got {self.epilogue_n}")
+        # Two buffers in turn: an even number of chunks, or a tile would begin with the buffer that was used last.
+        if self.epilogue_n not in (16, 32, 64, 128) or self.tile_n % (2 * self.epilogue_n):
+            raise ValueError(
+                f"epilogue_n must be 16, 32, 64 or 128, and twice in tile_n, got {self.epilogue_n} of {self.tile_n}"
+            )
         for name in ("stages", "group_order"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -90,8 +99,19 @@ class Tiling:
         rows = TILE_M + self.tile_n
         return self.accumulators * self.tile_n + rows // 128 * self.scale_columns(format)
 
+    def out_buffers(self, out_dtype: jnp.dtype) -> Any:
+        """The two buffers that a tile is stored from: shared memory (2, 128, epilogue_n)."""
+        transforms = ()
+        if self.swizzled_out:
+            transforms = (plgpu.TilingTransform((1, self.epilogue_n)), plgpu.SwizzleTransform(128))
+        return plgpu.SMEM((2, TILE_M, self.epilogue_n), out_dtype, transforms=transforms)
+
     def check_budgets(self, format: str, out_dtype: jnp.dtype) -> None:
-        """Raises ValueError where shared or tensor memory does not suffice."""
+        """Raises ValueError where shared or tensor memory does not suffice, or the output cannot be swizzled."""
+        if self.swizzled_out and self.epilogue_n * jnp.dtype(out_dtype).itemsize != 128:
+            raise ValueError(
+                f"swizzled_out needs epilogue_n columns of 128 bytes, got {self.epilogue_n} of {jnp.dtype(out_dtype)}"
+            )
         smem, tmem = self.smem_bytes(format, out_dtype), self.tmem_columns(format)
         if smem > SMEM_BYTES:
             raise ValueError(
