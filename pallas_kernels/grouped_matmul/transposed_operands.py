@@ -41,9 +41,9 @@ class Units(NamedTuple):
 
 
 def units(group_sizes_E: jax.Array, num_rows: int, unit: int) -> Units:
-    """Lays groups out so that no unit has rows of two: P is at most T + (U - 1) min(E, T), rounded up."""
+    """Lays groups out so that no unit has rows of two: P is at most T + (U - 1) min(E, T), rounded up, at least U."""
     num_experts = group_sizes_E.shape[0]
-    count = -(-(num_rows + (unit - 1) * min(num_experts, num_rows)) // unit)
+    count = max(-(-(num_rows + (unit - 1) * min(num_experts, num_rows)) // unit), 1)
     padded_E = -(-group_sizes_E // unit) * unit
     group_B = group_of(padded_E // unit, count)
     end_E = jnp.cumsum(group_sizes_E)
@@ -162,7 +162,7 @@ def expert_scale(
     factor_E = (sizes_E > 0).astype(jnp.float32)
     for q in (dy_VNW, x_VKW):
         scale_V = formats.global_scale(q)
-        if scale_V is not None and num_units:
+        if scale_V is not None:
             factor_E = factor_E * scale_V[jnp.minimum(first_E, num_units - 1)]
     return factor_E
 
