@@ -19,12 +19,11 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -148,19 +147,21 @@ def compile(
     start = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
-        _dumping_to(folder),
+        _keeping_code(folder),
         device.assume(target.device),
-        private_jax.uncached_mosaic(),
-        private_jax.recorded_triton() as triton_code,
+        private_jax.recorded_mosaic() as mosaic,
+        private_jax.recorded_triton() as triton,
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
     ):
         jitted = jax.jit(lambda *args: fn(*args), keep_unused=True, **jit_options)
-        compiled = jitted.lower(*_placed(args, mesh)).compile()
+        # Nothing can be timed, so there is nothing to tune.
+        untuned = {"xla_gpu_autotune_level": 0}
+        compiled = jitted.lower(*_placed(args, mesh)).compile(compiler_options=untuned)
         seconds = time.perf_counter() - start
-        code = [*_mosaic_code(Path(folder)), *triton_code]
+        kernels = tuple(_kernels(Path(folder), mosaic, triton))
     return Compiled(
         target=target,
-        kernels=tuple(machine_code.assemble(ptx, shared) for ptx, shared in code),
+        kernels=kernels,
         hlo=compiled.as_text(),
         memory=_memory(compiled.memory_analysis()),
         seconds=seconds,
@@ -196,14 +197,29 @@ def _memory(stats) -> Memory:
     )
 
 
+# Called by XLA in the place of ptxas: keeps what it reads, writes and says, under names that sort by time.
+_ASSEMBLER = """#!/bin/sh
+if [ -z "$KEEP" ]; then exec "{ptxas}" "$@"; fi
+kept="$KEEP/$(date +%s%N)-$$"
+for word in "$@"; do
+  if [ "$before" = -o ]; then binary="$word"; elif [ -f "$word" ]; then cp "$word" "$kept.ptx"; fi
+  before="$word"
+done
+if [ -z "$binary" ]; then exec "{ptxas}" "$@"; fi
+"{ptxas}" -v "$@" 2>"$kept.txt"
+code=$?
+cat "$kept.txt" >&2
+cp "$binary" "$kept.cubin" 2>/dev/null
+exit $code
+"""
+_KEEP = "PALLAS_KERNELS_KEEP_CODE"
+
+
 @contextlib.contextmanager
-def _dumping_to(folder: str) -> Iterator[None]:
-    """Has Mosaic write its PTX into a folder, and XLA find the assembler."""
-    wanted = {
-        "MOSAIC_GPU_DUMP_PTX": "1",
-        "MOSAIC_GPU_DUMP_TO": folder,
-        "PATH": f"{_assembler_folder()}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
+def _keeping_code(folder: str) -> Iterator[None]:
+    """Has XLA find an assembler that keeps the code of every kernel in a folder."""
+    path = f"{_assembler_folder()}{os.pathsep}{os.environ.get('PATH', '')}"
+    wanted = {_KEEP: folder, "PATH": path}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -223,20 +239,35 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 def _assembler_folder() -> Path:
-    """Returns a folder in which the assembler is called ptxas, the name that XLA looks for."""
-    link = Path(_folder().name) / "ptxas"
-    if not link.exists():
-        link.symlink_to(machine_code.assembler())
-    return link.parent
+    """Returns a folder with a program `ptxas`, the name that XLA looks for."""
+    program = Path(_folder().name) / "ptxas"
+    if not program.exists():
+        text = _ASSEMBLER.replace("{ptxas}", str(machine_code.assembler())).replace("KEEP", _KEEP)
+        program.write_text(text, encoding="utf-8")
+        program.chmod(0o755)
+    return program.parent
 
 
-def _mosaic_code(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yields (PTX, bytes of dynamic shared memory) of every kernel that Mosaic wrote down."""
-    for path in sorted(folder.glob("*.ptx"), key=lambda path: path.stat().st_mtime_ns):
-        passes = path.with_suffix(".mlir-passes.log").read_text(encoding="utf-8")
-        # The first dump names the size by a value, later ones by the constant itself.
-        shared = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", passes)
-        yield path.read_text(encoding="utf-8"), int(shared.group(1)) if shared else 0
+def _kernels(
+    folder: Path, mosaic: Mapping[str, int], triton: Sequence[tuple[str, int]]
+) -> Iterator[Kernel]:
+    """Reads the kernels of Mosaic and Triton, in the order in which they were assembled.
+
+    Args:
+      folder: what the assembler kept; XLA's own kernels too.
+      mosaic: function -> dynamic shared memory.
+      triton: (PTX, dynamic shared memory); assembled here where XLA leaves that to the first launch.
+    """
+    shared_of = dict(triton)
+    for path in sorted(folder.glob("*.cubin")):
+        ptx = path.with_suffix(".ptx").read_text(encoding="utf-8")
+        name = "".join(machine_code.entries(ptx)).removesuffix("_kernel")
+        shared = shared_of.pop(ptx, mosaic.get(name))
+        if shared is not None:
+            said = path.with_suffix(".txt").read_text(encoding="utf-8")
+            yield machine_code.disassemble(ptx, path, said, shared)
+    for ptx, shared in shared_of.items():
+        yield machine_code.assemble(ptx, shared)
 
 
 def in_process(

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+MOSAIC_SUFFIX = "_mosaic_gpu_kernel"  # of its entry functions
 SPILLING = r"(LDL|STL)\b"  # loads and stores of a thread's local memory
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
 _LABEL = re.compile(r"^(\.L\w+):")
@@ -129,29 +131,48 @@ def assemble(ptx: str, shared_bytes: int = 0) -> Kernel:
       ValueError: no or several entry functions.
       RuntimeError: ptxas refuses the code; what it says.
     """
-    entries = re.findall(r"\.entry\s+(\w+)", ptx)
-    if len(entries) != 1:
-        raise ValueError(f"one entry function is assembled at a time, got {entries}")
     arch = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE).group(1)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx, encoding="utf-8")
         said = _run([assembler(), "-v", "-O3", f"-arch={arch}", source, "-o", binary])
-        sass = _run([tool("nvdisasm"), "-c", binary])
+        return disassemble(ptx, binary, said, shared_bytes)
+
+
+def disassemble(ptx: str, binary: Path, said: str, shared_bytes: int = 0) -> Kernel:
+    """Reads machine code that is there already.
+
+    Args:
+      ptx: what it was assembled from.
+      binary: the machine code.
+      said: what ptxas said about it, with -v.
+      shared_bytes: dynamic shared memory.
+
+    Raises:
+      ValueError: no or several entry functions.
+    """
+    names = entries(ptx)
+    if len(names) != 1:
+        raise ValueError(f"one entry function is read at a time, got {names}")
     threads = re.search(r"\.(?:maxntid|reqntid)\s+([\d, ]+)", ptx)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     return Kernel(
-        name=entries[0].removesuffix("_mosaic_gpu_kernel"),
-        arch=arch,
+        name=names[0].removesuffix(MOSAIC_SUFFIX),
+        arch=re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE).group(1),
         ptx=ptx,
-        sass=sass,
+        sass=_run([tool("nvdisasm"), "-c", binary]),
         registers=_number(r"Used (\d+) registers", said),
-        threads=_product(threads.group(1)) if threads else 0,
+        threads=math.prod(map(int, threads.group(1).split(","))) if threads else 0,
         stack_bytes=_number(r"(\d+) bytes stack frame", said),
         spill_bytes=int(spills.group(1)) + int(spills.group(2)),
         shared_bytes=shared_bytes + _number(r"(\d+) bytes smem", said, default=0),
         tmem_columns=allocated_tmem(ptx),
     )
+
+
+def entries(ptx: str) -> list[str]:
+    """Returns the names of the entry functions in PTX."""
+    return re.findall(r"\.entry\s+(\w+)", ptx)
 
 
 def allocated_tmem(ptx: str) -> int:
@@ -176,13 +197,6 @@ def _number(pattern: str, text: str, default: int | None = None) -> int:
     if not match and default is None:
         raise RuntimeError(f"ptxas does not say {pattern!r}: {text[-400:]}")
     return int(match.group(1)) if match else default
-
-
-def _product(numbers: str) -> int:
-    result = 1
-    for number in numbers.split(","):
-        result *= int(number)
-    return result
 
 
 def _run(command: list[object]) -> str:

@@ -23,6 +23,8 @@ class Case:
       name: what sets it apart within its family: "2 CTAs, 256x256".
       format: of what is multiplied or made: "nvfp4".
       runs_on: whether a GPU is one that the kernel is for.
+      each_gpu: whether it is compiled for each GPU; if not, for one of each architecture, since the code that comes out
+        is the same but for the number of multiprocessors.
       build: Target -> (function, pytrees of `jax.ShapeDtypeStruct`). Called while the target is assumed.
       expectations: each looks at what came out and returns problems, as sentences; none where all is well.
     """
@@ -32,6 +34,7 @@ class Case:
     runs_on: Callable[[Target], bool]
     build: Callable[[Target], Program]
     expectations: tuple[Expectation, ...]
+    each_gpu: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -90,6 +90,7 @@ def _build(
 def _case(name: str, format: str, tiling: Tiling, *, out_dtype=jnp.bfloat16, scaled=False) -> Case:
     return Case(
         name=name,
+        each_gpu=name == "128x128",
         format=format,
         runs_on=capability(10),
         build=functools.partial(

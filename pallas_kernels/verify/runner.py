@@ -81,8 +81,8 @@ def verify(names: Sequence[str], kernels: Sequence[str] = ()) -> Iterator[Result
     """
     chunks = [
         (name, chunk)
-        for name in names
-        for chunk in _chunks(cases_for(aot.targets()[name], kernels), _CHUNK)
+        for name, cases in cases_for([aot.targets()[name] for name in names], kernels).items()
+        for chunk in _chunks(cases, _CHUNK)
     ]
     results: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -111,14 +111,22 @@ def _next(results: queue.SimpleQueue, working: list[concurrent.futures.Future]) 
                     future.result()
 
 
-def cases_for(target: Target, kernels: Sequence[str] = ()) -> list[tuple[str, int]]:
-    """Lists (family, index of the case) of what runs on a GPU."""
-    return [
-        (family.name, index)
-        for family in families().values()
-        for index, case in enumerate(family.cases)
-        if (not kernels or family.name in kernels) and case.runs_on(target)
-    ]
+def cases_for(
+    targets: Sequence[Target], kernels: Sequence[str] = ()
+) -> dict[str, list[tuple[str, int]]]:
+    """Returns what is compiled: name of the GPU -> (family, index of the case)."""
+    archs, found = set(), {}
+    for target in targets:
+        found[target.name] = [
+            (family.name, index)
+            for family in families().values()
+            for index, case in enumerate(family.cases)
+            if (not kernels or family.name in kernels)
+            and case.runs_on(target)
+            and (case.each_gpu or target.arch not in archs)
+        ]
+        archs.add(target.arch)
+    return found
 
 
 def _chunks(values: list, size: int) -> list[list]:
