@@ -44,6 +44,8 @@ _CHILD_ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
+# CUB's sort asks a device how much memory it takes.
+_OPTIONS = {"xla_gpu_enable_cub_radix_sort": False}
 
 
 @dataclasses.dataclass(frozen=True)

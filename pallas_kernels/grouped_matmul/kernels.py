@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import formats
+from pallas_kernels import formats, private_shard_map
 from pallas_kernels.device import Device
 from pallas_kernels.grouped_matmul.precision import Weight
 
@@ -118,8 +119,8 @@ class Kernel:
             if scale_T is not None:
                 row_scale_T = scale_T if row_scale_T is None else scale_T * row_scale_T
         scales = dict(expert_scale_E=expert_E, row_scale_T=row_scale_T, bias_EN=bias_EN)
-        operands = (x_TK, w_ENK, group_sizes_E)
-        return _call(self.name, *operands, scales=scales, out_dtype=out_dtype, device=device)
+        call = functools.partial(_call, self.name, out_dtype, device)
+        return private_shard_map.hidden(call, (x_TK, w_ENK, group_sizes_E), scales)
 
     def __str__(self) -> str:
         return self.name
@@ -163,7 +164,9 @@ def _scale(format: str) -> str:
     return formats.FORMATS[format].scale
 
 
-def _call(kernel: str, *operands, scales: dict, out_dtype: jnp.dtype, device: Device) -> jax.Array:
+def _call(
+    kernel: str, out_dtype: jnp.dtype, device: Device, operands: tuple, scales: dict
+) -> jax.Array:
     """Calls a kernel's function: what differs between the families is here."""
     module = importlib.import_module(f"pallas_kernels.grouped_matmul.{kernel}")
     options: dict[str, Any] = scales | dict(out_dtype=out_dtype)
