@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import hashlib
+import os
 import threading
 import types
 import weakref
@@ -298,23 +299,24 @@ def _record_triton() -> None:
     )
 
 
-_MOSAIC_SHARED: contextvars.ContextVar[dict | None] = contextvars.ContextVar("shared", default=None)
+# (what is collected, what is added to hashes)
+_MOSAIC: contextvars.ContextVar[tuple[dict[str, int], bytes]] = contextvars.ContextVar("mosaic")
 
 
 @contextlib.contextmanager
 def recorded_mosaic() -> Iterator[dict[str, int]]:
     """Collects name -> bytes of dynamic shared memory of the Mosaic kernels that are lowered inside the context.
 
-    The compiler keeps kernels for as long as the process lives, by a hash from Python: inside the context it compiles
-    them again, so that their code can be seen.
+    The compiler keeps kernels for as long as the process lives, by a hash from Python, and JAX keeps programs on disk:
+    inside the context kernels get another hash and are compiled again, so that their code can be seen.
     """
     _record_mosaic()
     shared: dict[str, int] = {}
-    token = _MOSAIC_SHARED.set(shared)
+    token = _MOSAIC.set((shared, os.urandom(16)))
     try:
         yield shared
     finally:
-        _MOSAIC_SHARED.reset(token)
+        _MOSAIC.reset(token)
 
 
 @once
@@ -329,13 +331,12 @@ def _record_mosaic() -> None:
     serde = core._run_serde_pass
 
     def record(module, *, serialize, **options):
-        if serialize and _MOSAIC_SHARED.get() is not None:
-            _MOSAIC_SHARED.get().update(_shared_bytes(module))
+        if serialize and _MOSAIC.get(None):
+            _MOSAIC.get()[0].update(_shared_bytes(module))
         return serde(module, serialize=serialize, **options)
 
     def salted(data: bytes):
-        shared = _MOSAIC_SHARED.get()
-        return hashlib.sha256(data + (b"" if shared is None else str(id(shared)).encode()))
+        return hashlib.sha256(data + _MOSAIC.get((None, b""))[1])
 
     core._run_serde_pass = record
     core.hashlib = types.SimpleNamespace(sha256=salted)
