@@ -44,8 +44,10 @@ _CHILD_ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-# CUB's sort asks a device how much memory it takes.
-_OPTIONS = {"xla_gpu_enable_cub_radix_sort": False}
+_OPTIONS = {
+    "xla_gpu_enable_cub_radix_sort": False,  # it asks a device how much memory it takes
+    "xla_gpu_autotune_level": 0,  # nothing can be timed
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +158,7 @@ def compile(
         jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
     ):
         jitted = jax.jit(lambda *args: fn(*args), keep_unused=True, **jit_options)
-        # Nothing can be timed, so there is nothing to tune.
-        untuned = {"xla_gpu_autotune_level": 0}
-        compiled = jitted.lower(*_placed(args, mesh)).compile(compiler_options=untuned)
+        compiled = jitted.lower(*_placed(args, mesh)).compile(compiler_options=_OPTIONS)
         seconds = time.perf_counter() - start
         kernels = tuple(_kernels(Path(folder), mosaic, triton))
     return Compiled(
