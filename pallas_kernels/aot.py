@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -284,7 +285,7 @@ def in_process(
       timeout: seconds for all of it.
 
     Raises:
-      RuntimeError: the process ended early; with the end of what it said.
+      RuntimeError: the process ended early, or took too long; with the end of what it said.
     """
     root = str(Path(__file__).parent.parent)
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -298,10 +299,14 @@ def in_process(
             text=True,
             env={**os.environ, **_CHILD_ENVIRONMENT, "PYTHONPATH": paths},
         )
+        timer = threading.Timer(timeout, child.kill)
+        timer.start()
         try:
             yield from map(json.loads, child.stdout)
-            code = child.wait(timeout)
+            code = child.wait()
         finally:
+            late = not timer.is_alive()
+            timer.cancel()
             child.kill()
             child.wait()
             child.stdout.close()
@@ -309,9 +314,8 @@ def in_process(
             errors.seek(0)
             said = errors.read().strip().splitlines()[-12:]
             why = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise RuntimeError(
-                "\n".join([f"the compiler's process for {target} ended: {why}", *said])
-            )
+            why = f"longer than {timeout} s" if late else why
+            raise RuntimeError(f"compiling for {target} ended: {why}\n" + "\n".join(said))
 
 
 def _child(argv: Sequence[str]) -> None:

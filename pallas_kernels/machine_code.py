@@ -131,6 +131,7 @@ def assemble(ptx: str, shared_bytes: int = 0) -> Kernel:
       ValueError: no or several entry functions.
       RuntimeError: ptxas refuses the code; what it says.
     """
+    _entry(ptx)
     arch = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE).group(1)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
@@ -151,13 +152,10 @@ def disassemble(ptx: str, binary: Path, said: str, shared_bytes: int = 0) -> Ker
     Raises:
       ValueError: no or several entry functions.
     """
-    names = entries(ptx)
-    if len(names) != 1:
-        raise ValueError(f"one entry function is read at a time, got {names}")
     threads = re.search(r"\.(?:maxntid|reqntid)\s+([\d, ]+)", ptx)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     return Kernel(
-        name=names[0].removesuffix(MOSAIC_SUFFIX),
+        name=_entry(ptx).removesuffix(MOSAIC_SUFFIX),
         arch=re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE).group(1),
         ptx=ptx,
         sass=_run([tool("nvdisasm"), "-c", binary]),
@@ -173,6 +171,13 @@ def disassemble(ptx: str, binary: Path, said: str, shared_bytes: int = 0) -> Ker
 def entries(ptx: str) -> list[str]:
     """Returns the names of the entry functions in PTX."""
     return re.findall(r"\.entry\s+(\w+)", ptx)
+
+
+def _entry(ptx: str) -> str:
+    names = entries(ptx)
+    if len(names) != 1:
+        raise ValueError(f"one entry function is read at a time, got {names}")
+    return names[0]
 
 
 def allocated_tmem(ptx: str) -> int:

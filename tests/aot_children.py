@@ -1,0 +1,82 @@
+"""What tests run in a compiler's process of its own (`aot.in_process`)."""
+
+import dataclasses
+import os
+import time
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.verify import expect, runner
+from pallas_kernels.verify.case import Case
+
+ROWS, COLUMNS = 64, 256
+
+
+def die(target, arguments):
+    """Yields once, then ends the process as LLVM does."""
+    yield {"target": target.name, "arguments": arguments}
+    print("about to end", flush=True)  # not a result
+    os.abort()
+
+
+def hang(target, arguments):
+    """Yields nothing for long."""
+    time.sleep(60)
+    yield from ()
+
+
+def _halve(codes):
+    """Reads FP4 codes on the way from and to global memory: a kernel as small as they get."""
+
+    def kernel(x_gmem, out_gmem, x_smem, out_smem, barrier):
+        plgpu.copy_gmem_to_smem(x_gmem, x_smem, barrier)
+        plgpu.barrier_wait(barrier)
+        out_smem[...] = x_smem[...] * jnp.bfloat16(0.5)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out_gmem)
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16),
+        scratch_types=[
+            plgpu.SMEM(codes.shape, jnp.bfloat16),
+            plgpu.SMEM(codes.shape, jnp.bfloat16),
+            plgpu.Barrier(),
+        ],
+        kernel_name="halve",
+    )(codes)
+
+
+def as_they_are(packed):
+    """uint8 as bfloat16 in pairs of bytes: a bitcast."""
+    return _halve(lax.bitcast_convert_type(packed, jnp.bfloat16))
+
+
+def unpacked(packed):
+    """The same, but XLA touches every byte first."""
+    return _halve(lax.bitcast_convert_type(packed ^ jnp.uint8(1), jnp.bfloat16))
+
+
+def controls(target, names):
+    """Checks programs of this file, as `moelab kernels verify` does."""
+    shape = jax.ShapeDtypeStruct((ROWS, COLUMNS, 2), jnp.uint8)
+    for name in names:
+        case = Case(
+            name=name,
+            format="bytes",
+            runs_on=lambda target: True,
+            build=lambda _, name=name: (globals()[name], (shape,)),
+            expectations=(
+                expect.num_kernels(1),
+                expect.packed_as_they_are(),
+                expect.no_mma(),
+                expect.instructions(expect.TMA_LOAD, at_most=1),
+                expect.no_spills,
+                expect.within_limits,
+            ),
+        )
+        yield dataclasses.asdict(runner.check(target, "test", case))
