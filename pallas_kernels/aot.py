@@ -12,9 +12,7 @@ A lowering that does not fit the architecture can end the whole process (LLVM's 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import json
@@ -24,13 +22,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from pallas_kernels import device, machine_code, private_jax
+from pallas_kernels import device, kept_code, machine_code, private_jax
 from pallas_kernels.machine_code import Kernel
 from pallas_kernels.targets import Target, plugin, targets
 
@@ -152,7 +150,7 @@ def compile(
     start = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
-        _keeping_code(folder),
+        kept_code.keeping(folder),
         device.assume(target.device),
         private_jax.recorded_mosaic() as mosaic,
         private_jax.recorded_triton() as triton,
@@ -161,7 +159,7 @@ def compile(
         jitted = jax.jit(lambda *args: fn(*args), keep_unused=True, **jit_options)
         compiled = jitted.lower(*_placed(args, mesh)).compile(compiler_options=_OPTIONS)
         seconds = time.perf_counter() - start
-        kernels = tuple(_kernels(Path(folder), mosaic, triton))
+        kernels = tuple(kept_code.kernels(Path(folder), mosaic, triton))
     return Compiled(
         target=target,
         kernels=kernels,
@@ -198,79 +196,6 @@ def _memory(stats) -> Memory:
         alias_bytes=stats.alias_size_in_bytes,
         temp_bytes=stats.temp_size_in_bytes,
     )
-
-
-# Called by XLA in the place of ptxas: keeps what it reads, writes and says, under names that sort by time.
-_ASSEMBLER = """#!/bin/sh
-if [ -z "$KEEP" ]; then exec "{ptxas}" "$@"; fi
-kept="$KEEP/$(date +%s%N)-$$"
-for word in "$@"; do
-  if [ "$before" = -o ]; then binary="$word"; elif [ -f "$word" ]; then cp "$word" "$kept.ptx"; fi
-  before="$word"
-done
-if [ -z "$binary" ]; then exec "{ptxas}" "$@"; fi
-"{ptxas}" -v "$@" 2>"$kept.txt"
-code=$?
-cat "$kept.txt" >&2
-cp "$binary" "$kept.cubin" 2>/dev/null
-exit $code
-"""
-_KEEP = "PALLAS_KERNELS_KEEP_CODE"
-
-
-@contextlib.contextmanager
-def _keeping_code(folder: str) -> Iterator[None]:
-    """Has XLA find an assembler that keeps the code of every kernel in a folder."""
-    path = f"{_assembler_folder()}{os.pathsep}{os.environ.get('PATH', '')}"
-    wanted = {_KEEP: folder, "PATH": path}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    """A folder for as long as the process lives."""
-    return tempfile.TemporaryDirectory(prefix="ptxas-")
-
-
-def _assembler_folder() -> Path:
-    """Returns a folder with a program `ptxas`, the name that XLA looks for."""
-    program = Path(_folder().name) / "ptxas"
-    if not program.exists():
-        text = _ASSEMBLER.replace("{ptxas}", str(machine_code.assembler())).replace("KEEP", _KEEP)
-        program.write_text(text, encoding="utf-8")
-        program.chmod(0o755)
-    return program.parent
-
-
-def _kernels(
-    folder: Path, mosaic: Mapping[str, int], triton: Sequence[tuple[str, int]]
-) -> Iterator[Kernel]:
-    """Reads the kernels of Mosaic and Triton, in the order in which they were assembled.
-
-    Args:
-      folder: what the assembler kept; XLA's own kernels too.
-      mosaic: function -> dynamic shared memory.
-      triton: (PTX, dynamic shared memory); assembled here where XLA leaves that to the first launch.
-    """
-    shared_of = dict(triton)
-    for path in sorted(folder.glob("*.cubin")):
-        ptx = path.with_suffix(".ptx").read_text(encoding="utf-8")
-        name = "".join(machine_code.entries(ptx)).removesuffix("_kernel")
-        shared = shared_of.pop(ptx, mosaic.get(name))
-        if shared is not None:
-            said = path.with_suffix(".txt").read_text(encoding="utf-8")
-            yield machine_code.disassemble(ptx, path, said, shared)
-    for ptx, shared in shared_of.items():
-        yield machine_code.assemble(ptx, shared)
 
 
 def in_process(
