@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import numpy as np
 from moelab import config as config_lib
 from moelab import model as model_lib
 from moelab import parallel
-from moelab.quant import packing, precisions, recipes
+from moelab.quant import packing, recipes
 from pallas_kernels import aot, device, formats
 from pallas_kernels.grouped_matmul import choice
 
@@ -53,6 +54,21 @@ class Fit:
     temp_bytes: int
     memory_bytes: int
     seconds: float
+
+    def problems(self) -> list[str]:
+        """Says what is not as a packed model should be: sentences, none where all is well."""
+        found = []
+        wanted = self.expert_bytes + self.rest_bytes
+        if self.argument_bytes > 1.01 * wanted + 2**20:
+            found.append(f"arguments take {self.argument_bytes} bytes, weights are {wanted}")
+        if self.bits > 4.51:
+            found.append(f"a routed expert's parameter takes {self.bits:.3f} bits, more than 4.51")
+        if self.argument_bytes + self.temp_bytes > self.memory_bytes:
+            over = self.argument_bytes + self.temp_bytes - self.memory_bytes
+            found.append(f"does not fit: {over} bytes more than the GPU's {self.memory_bytes}")
+        if not self.kernels:
+            found.append("no grouped matmul kernel is in the program")
+        return found
 
 
 _COLLECTIVES = ("ragged-all-to-all", "all-to-all", "all-gather", "all-reduce")
@@ -115,6 +131,34 @@ def compile_forward(
         memory_bytes=target.memory_bytes,
         seconds=compiled.seconds,
     )
+
+
+def topology_of(devices: int) -> str:
+    """Returns slices x processes x devices of a process: up to 8 GPUs are one host's, more are hosts of 4."""
+    if devices <= 8:
+        return f"1x1x{devices}"
+    if devices % 4:
+        raise ValueError(f"more than 8 devices come in fours, got {devices}")
+    return f"1x{devices // 4}x4"
+
+
+def in_process(target: str, arguments: dict) -> Fit:
+    """`compile_forward` in a process of its own, which the compiler may end.
+
+    Args:
+      target: name of the GPU.
+      arguments: config (name or file), overrides (list), devices, tokens, format.
+    """
+    (found,) = aot.in_process(target, "moelab.fit:child", arguments)
+    return Fit(**found | {"collectives": tuple(found["collectives"])})
+
+
+def child(target: aot.Target, arguments: dict) -> Iterator[dict]:
+    """The other end of `in_process`."""
+    config = config_lib.load(arguments["config"], arguments["overrides"]).config
+    options = {name: arguments[name] for name in ("tokens", "format")}
+    topology = topology_of(arguments["devices"])
+    yield dataclasses.asdict(compile_forward(config, target, topology, **options))
 
 
 def _forward(model: model_lib.Transformer, variables: dict, inputs: model_lib.Inputs) -> jax.Array:

@@ -76,7 +76,9 @@ def build() -> argparse.ArgumentParser:
     _results(commands)
     _quantize(commands)
     _routes(_group(commands, "routes", "record, replay, compare and place routes of tokens"))
-    _kernels(_group(commands, "kernels", "list the GPU kernels; verify them without a GPU"))
+    kernels = _group(commands, "kernels", "list the GPU kernels; verify them without a GPU")
+    _kernels(kernels)
+    _fit(kernels)
     config = _group(commands, "config", "show, compare and list configs")
     _config(config)
     data = _group(commands, "data", "build or describe the data of a config")
@@ -249,6 +251,25 @@ def _config(config) -> None:
     _add(config, "list", "inspecting:listing", "the files in experiments/ and their presets")
     text = "path, type, default and meaning of every field; of one config's kinds with --config"
     _add(config, "fields", "inspecting:print_fields", text, _takes_config)
+
+
+def _fit(kernels) -> None:
+    text = "compile a config's whole model for GPUs that are not here; memory of a device"
+    fit = _add(kernels, "fit", "fit:fit", text, _takes_config)
+    fit.add_argument(
+        "--target", metavar="GPU", default="b200", help="one of 'kernels verify' (b200)"
+    )
+    fit.add_argument("--devices", type=_positive, default=1, metavar="N", help="how many (1)")
+    fit.add_argument(
+        "--tokens",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="on each device, one sequence (512)",
+    )
+    fit.add_argument(
+        "--format", choices=("nvfp4", "mxfp4"), default="nvfp4", help="of the experts (nvfp4)"
+    )
 
 
 def _group(commands, name: str, text: str):
