@@ -4,6 +4,7 @@ One file per kernel family, with a `FAMILY`: add a file, and `moelab kernels ver
 without Triton or a CUDA plugin installed, so they import kernels inside `build`.
 
     case.py     Family, Case, and the families that there are
+    shapes.py   arrays that cases take
     expect.py   what is expected of a compiled case: functions from `aot.Compiled` to problems
     runner.py   compiles cases in one process per GPU, collects facts and problems
 """

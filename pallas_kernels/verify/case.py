@@ -12,7 +12,7 @@ from pallas_kernels.aot import Compiled, Target
 
 Program = tuple[Callable, Sequence[object]]
 Expectation = Callable[[Compiled], list[str]]
-_MACHINERY = ("case", "expect", "runner")
+_MACHINERY = ("case", "expect", "runner", "shapes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,18 @@
-"""Cases of the W4A4 grouped matmul on data-centre Blackwell: gate and up projections of Qwen3-30B-A3B's experts."""
+"""Cases of the W4A4 grouped matmul on data-centre Blackwell: gate and up projections in one."""
 
 from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels import formats
 from pallas_kernels.aot import Target
 from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import Tiling
 from pallas_kernels.verify import expect
 from pallas_kernels.verify.case import Case, Family, Program, capability
+from pallas_kernels.verify.shapes import EXPERTS, HIDDEN, ROWS, WIDTH, array, packed
 
-ROWS, EXPERTS, OUTPUTS, INPUTS = 4096, 128, 1536, 2048
+OUTPUTS, INPUTS = 2 * HIDDEN, WIDTH
 K_PER_MMA = 64  # 4-bit elements of a row that one MMA contracts
 TILINGS = {
     "128x128": Tiling(tile_n=128, stages=5),
@@ -22,20 +21,6 @@ TILINGS = {
 }
 # The schedule of tiles, and little else.
 TEMP_BYTES = 64 * 1024
-
-
-def packed(shape: tuple[int, ...], format: str) -> formats.BlockScaled:
-    """Describes a packed array with scales as tensor cores take them: nothing is computed."""
-
-    def quantize(x):
-        return formats.arranged(formats.quantize(x, format), "tcgen05")
-
-    return jax.eval_shape(quantize, array(*shape))
-
-
-def array(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
-    """Describes an array."""
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def loop_expectations(format: str, tiling: Tiling, *, boxes: int = 1, loads: int | None = None):
