@@ -122,6 +122,25 @@ class Kernel:
         call = functools.partial(_call, self.name, out_dtype, device)
         return private_shard_map.hidden(call, (x_TK, w_ENK, group_sizes_E), scales)
 
+    def weight_gradient(
+        self,
+        dy_BNU: formats.BlockScaled,
+        x_BKU: formats.BlockScaled,
+        padded_E: jax.Array,
+        device: Device,
+    ) -> jax.Array | None:
+        """dw[e] = dy^T x over the tokens of e, from codes of `transposed_operands`: float32 (E, N, K).
+
+        None where this kernel does not compute it: it has no such product, or not for these formats and widths.
+        """
+        wanted = formats.FORMATS[x_BKU.format]
+        same = wanted.scale == formats.FORMATS[dy_BNU.format].scale
+        wide = dy_BNU.shape[1] % 128 == 0 and x_BKU.shape[1] % 128 == 0
+        if self.name != "mosaic_sm100" or x_BKU.format not in self.x or not same or not wide:
+            return None
+        call = functools.partial(_weight_gradient, device)
+        return private_shard_map.hidden(call, dy_BNU, x_BKU, padded_E)
+
     def __str__(self) -> str:
         return self.name
 
@@ -177,3 +196,21 @@ def _call(
     if kernel == "mosaic_sm100":
         options |= dict(tiling=module.default_tiling(operands[1].format, out_dtype))
     return module.grouped_matmul_codes(*operands, **options)
+
+
+def _weight_gradient(device: Device, dy_BNU, x_BKU, padded_E) -> jax.Array:
+    from pallas_kernels.grouped_matmul import mosaic_sm100_wgrad as wgrad
+    from pallas_kernels.grouped_matmul import transposed_operands
+
+    dy_VNW, sizes_E = transposed_operands.widen(dy_BNU, padded_E, wgrad.UNIT)
+    x_VKW, _ = transposed_operands.widen(x_BKU, padded_E, wgrad.UNIT)
+    return wgrad.weight_gradient_codes(
+        dy_VNW,
+        x_VKW,
+        sizes_E,
+        expert_scale_E=transposed_operands.expert_scale(dy_VNW, x_VKW, sizes_E),
+        out_dtype=jnp.dtype(jnp.float32),
+        tiling=wgrad.default_tiling(jnp.float32),
+        num_sms=device.num_sms,
+        interpret=_INTERPRET.get(),
+    )

@@ -222,8 +222,13 @@ def _weight_gradient(computes, x_TK, dy_TN, group_sizes_E, precision, key):
     layout = transposed_operands.units(group_sizes_E, x_TK.shape[0], unit)
     dy_BNU = transposed_operands.quantize(dy_TN, layout, precision, precision.dy, None, key)
     x_BKU = transposed_operands.quantize(x_TK, layout, precision, precision.x, precision.x_rule)
+    backend, kernel = computes
+    if kernel is not None:
+        dw_ENK = kernel.weight_gradient(dy_BNU, x_BKU, layout.sizes_E, device.current())
+        if dw_ENK is not None:
+            return dw_ENK
     value_PN, value_PK = (transposed_operands.values(q) for q in (dy_BNU, x_BKU))
-    return computes[0].weight_gradient(value_PN, value_PK, layout.sizes_E)
+    return backend.weight_gradient(value_PN, value_PK, layout.sizes_E)
 
 
 _product.defvjp(_forward, _backward)
