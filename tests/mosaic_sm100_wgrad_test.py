@@ -18,8 +18,8 @@ from pallas_kernels.grouped_matmul import mosaic_sm100_wgrad as wgrad
 from tests import mutants
 from tests.mutants.mosaic_sm100_wgrad import MODULE, MUTANTS
 
-E, N, K, V, W = 4, 256, 256, 4, wgrad.UNIT
-SIZES = (512, 0, 256, 0)  # 12 k-steps in 16 tiles; the last unit is nobody's
+E, N, K, V, W = 4, 128, 256, 4, wgrad.UNIT
+SIZES = (512, 0, 256, 0)  # 6 k-steps in 8 tiles; the last unit is nobody's
 TILING = wgrad.Tiling(stages=2, epilogue_n=64)
 
 
@@ -57,9 +57,9 @@ def integers(format, columns, seed):
     return q, np.asarray(transposed_operands.values(q), np.int64)
 
 
-def exact(format, sizes, scale):
+def exact(format, sizes, scale, outputs=N, inputs=K):
     """The weight gradient in integers: (E, N, K)."""
-    (_, dy), (_, x) = integers(format, N, 0), integers(format, K, 1)
+    (_, dy), (_, x) = integers(format, outputs, 0), integers(format, inputs, 1)
     ends = np.cumsum(sizes)
     rows = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return np.stack([int(s) * (dy[r].T @ x[r]) for r, s in zip(rows, scale, strict=True)])
@@ -102,9 +102,9 @@ def test_an_empty_group_is_exactly_zero(sizes):
     ],
 )
 def test_tilings_agree(tiling, num_sms):
-    dy, x = integers("nvfp4", N, 0)[0], integers("nvfp4", K, 1)[0]
+    dy, x = integers("nvfp4", 256, 0)[0], integers("nvfp4", K, 1)[0]
     got = kernel(tiling=tiling, num_sms=num_sms)(dy, x, SIZES, jnp.ones(E))
-    np.testing.assert_array_equal(got, exact("nvfp4", SIZES, [1] * E))
+    np.testing.assert_array_equal(got, exact("nvfp4", SIZES, [1] * E, outputs=256))
 
 
 T = 300
@@ -196,7 +196,7 @@ GOOD = dict(
             dict(x=formats.quantize(jnp.ones((V, K, W)), "mxfp8_e4m3")),
             "got nvfp4 dy and mxfp8_e4m3 x",
         ),
-        (dict(x=integers("nvfp4", 192, 1)[0]), "K of tile_n = 128, got N = 256 and K = 192"),
+        (dict(x=integers("nvfp4", 192, 1)[0]), "K of tile_n = 128, got N = 128 and K = 192"),
         (dict(x=formats.quantize(jnp.ones((V, K, 128)), "nvfp4")), r"\(4, 256, 128\)"),
         (dict(x=formats.quantize(jnp.ones((1, K, W)), "nvfp4")), r"\(1, 256, 256\)"),
         (dict(sizes=jnp.zeros(E)), r"group_sizes_padded_E must be int32 \(E,\), got float32"),
@@ -220,23 +220,25 @@ def test_bad_input_is_refused(changed, message):
         )
 
 
-MUTANT_SIZES = (256, 0, 256, 512)  # the sizes that tests above do not have: two experts tie
+MUTANT_SIZES = (
+    256,
+    0,
+    256,
+    512,
+)  # two experts tie, one has more steps, one none: four tiles on one SM
 
 
 def mutant_result(module):
-    dy, x = integers("nvfp4", N, 0)[0], integers("nvfp4", K, 1)[0]
-    return kernel(module)(dy, x, MUTANT_SIZES, jnp.array([1.0, 2.0, 4.0, 8.0]))
+    dy, x = integers("nvfp4", N, 0)[0], integers("nvfp4", N, 1)[0]
+    return kernel(module, num_sms=1)(dy, x, MUTANT_SIZES, jnp.array([1.0, 2.0, 4.0, 8.0]))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutants_are_caught(mutant):
-    want = exact("nvfp4", MUTANT_SIZES, [1, 2, 4, 8])
+    want = exact("nvfp4", MUTANT_SIZES, [1, 2, 4, 8], inputs=N)
     try:
-        caught = (
-            "numerics"
-            if np.any(mutant_result(mutants.mutated(MODULE, mutant)) != want)
-            else "nothing"
-        )
+        wrong = np.any(mutant_result(mutants.mutated(MODULE, mutant)) != want)
+        caught = "numerics" if wrong else "nothing"
     except Exception:
         private_jax.reset_interpreter()
         caught = "race"

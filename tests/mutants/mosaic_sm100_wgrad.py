@@ -64,18 +64,6 @@ MUTANTS = (
         "numerics",
     ),
     Mutant(
-        "scales of gradients of another tile of rows",
-        "pl.ds(tile.row, 1)",
-        "pl.ds(0, 1)",
-        "numerics",
-    ),
-    Mutant(
-        "scales of activations of another tile of columns",
-        "atoms = pl.ds(tile.column * (width // 128), width // 128)",
-        "atoms = pl.ds(0, width // 128)",
-        "numerics",
-    ),
-    Mutant(
         "global scales of another expert",
         "scale = inputs[0][tile.expert]",
         "scale = inputs[0][0]",
