@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import windows
+from pallas_kernels.grouped_matmul import few_rows, windows
 from pallas_kernels.grouped_matmul.precision import Weight
 
 
@@ -81,19 +81,19 @@ def forward(
       y_MD and hidden_MG (or None), M > N; rows from sum(group_sizes) on mean nothing.
     """
     num_rows, heights, row_M = _layout(row_N, gate_up)
+    few = windows.few(num_rows, gate_up.shape[0])
 
     def weights(expert):
-        experts = (windows.expert_weight(w, expert) for w in (gate_up, down))
+        experts = () if few else (windows.expert_weight(w, expert) for w in (gate_up, down))
         return tuple(map(windows.transposed, experts))
 
     def body(expert, start, mine_R1, weights, buffers):
-        gate_up_DG, down_FD = weights
         x_RD = windows.take(x_TD, row_M, start, mine_R1.shape[0])
-        hidden_RG = x_RD @ gate_up_DG
-        gate_RF, up_RF = jnp.split(hidden_RG, 2, axis=-1)
-        act_RF = (jax.nn.silu(gate_RF) * up_RF).astype(x_TD.dtype)
-        y_RD = act_RF.astype(jnp.float32) @ down_FD
-        values = (y_RD, hidden_RG)[: len(buffers)]
+        if few:
+            values = few_rows.feed_forward(x_RD, gate_up, down, expert, x_TD.dtype)
+        else:
+            values = _feed_forward(x_RD, *weights, x_TD.dtype)
+        values = values[: len(buffers)]
         return tuple(windows.put(b, v, start) for b, v in zip(buffers, values, strict=True)), ()
 
     like = (x_TD, row_N, gate_up, down, group_sizes_E)
@@ -172,6 +172,14 @@ def backward(
     gradients = iter(total.astype(w.dtype) for total, w in zip(totals, trained, strict=True))
     dgate_up, ddown = (None if packed else next(gradients) for packed in frozen)
     return buffers[0], dgate_up, ddown, buffers[1] if scale_N is not None else None
+
+
+def _feed_forward(x_RD, gate_up_DG, down_FD, dtype) -> tuple[jax.Array, jax.Array]:
+    """As `few_rows.feed_forward`, of transposed weights."""
+    hidden_RG = x_RD @ gate_up_DG
+    gate_RF, up_RF = jnp.split(hidden_RG, 2, axis=-1)
+    act_RF = (jax.nn.silu(gate_RF) * up_RF).astype(dtype)
+    return act_RF.astype(jnp.float32) @ down_FD, hidden_RG
 
 
 def _layout(row_N: jax.Array, gate_up: Weight) -> tuple[int, tuple[int, ...], jax.Array]:

@@ -23,6 +23,7 @@ from pallas_kernels.grouped_matmul.precision import Weight
 # height is compiled separately, so there are few.
 _SIXTEENTHS = (4, 8, 11, 13, 15, 16, 17, 19, 24, 32)
 _SMALL = (8, 32, 128, 256)
+_SINGLE = 4  # mean rows up to which a row alone is worth a height of its own
 
 
 class Windows(NamedTuple):
@@ -42,14 +43,26 @@ class Windows(NamedTuple):
 
 
 def heights(num_rows: int, num_experts: int) -> tuple[int, ...]:
-    """Returns the static window heights for N rows over E experts, ascending; the last one bounds the overrun."""
+    """Returns the static window heights for N rows over E experts, ascending; the last one bounds the overrun.
+
+    With few rows, 8 times the mean is high enough: however uneven the experts are, that makes at most E / 8 windows
+    more than one for each, and higher ones would cost memory and compilation.
+    """
     mean = num_rows / num_experts
-    candidates = _SMALL
-    if mean > 128:
+    if few(num_rows, num_experts):
+        candidates = (1, *_SMALL) if mean <= _SINGLE else _SMALL
+        enough = min(num_rows, 8 * mean)
+    else:
         unit = min(64, 8 * -(-int(mean) // 128))
         candidates = tuple(unit * sixteenths for sixteenths in _SIXTEENTHS)
-    needed = [height for height in candidates if height < num_rows]
+        enough = num_rows
+    needed = [height for height in candidates if height < enough]
     return tuple(needed) + candidates[len(needed) : len(needed) + 1]
+
+
+def few(num_rows: int, num_experts: int) -> bool:
+    """Whether N rows are few for E experts: reading the weights costs about as much as multiplying."""
+    return num_rows <= 128 * num_experts
 
 
 def schedule(group_sizes_E: jax.Array, num_rows: int, height: int) -> Windows:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import expert_windows, windows
+from pallas_kernels.grouped_matmul import expert_windows, few_rows, windows
 
 
 def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype):
@@ -71,13 +71,14 @@ def _grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype)
     heights = windows.heights(num_rows, num_experts)
     inside_T = jnp.arange(num_rows) < jnp.sum(group_sizes_E)
     row_M = _row_index(num_rows, heights)
+    few = windows.few(num_rows, num_experts)
 
     def weights(expert):
-        return windows.transposed(windows.expert_weight(w_ENK, expert))
+        return None if few else windows.transposed(windows.expert_weight(w_ENK, expert))
 
     def body(expert, start, mine_R1, w_KN, buffers):
         x_RK = windows.take(x_TK, row_M, start, mine_R1.shape[0])
-        y_RN = x_RK @ w_KN
+        y_RN = few_rows.times(x_RK, w_ENK, expert) if few else x_RK @ w_KN
         if row_scale_T is not None:
             y_RN = y_RN * _column(row_scale_T, row_M, start, mine_R1)
         if bias_EN is not None:
