@@ -99,7 +99,8 @@ def weight_gradient_codes(
       group_sizes_padded_E: int32, tokens of each expert's units, which follow each other from unit 0 on.
       expert_scale_E: float32, product of the operands' global scales (`transposed_operands.expert_scale`).
       out_dtype: float32 or bfloat16; sums are float32 and cast once.
-      tiling: sizes, within the budgets; tile_k is 256, and it is not collective.
+      tiling: sizes, within the budgets; tile_k is 256, and it is not collective. Whole tiles are stored, always from
+        swizzled buffers.
       num_sms: streaming multiprocessors to use.
       interpret: parameters of interpret mode, or None for a GPU.
 
