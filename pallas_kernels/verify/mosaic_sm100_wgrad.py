@@ -15,6 +15,8 @@ from pallas_kernels.verify.shapes import EXPERTS, HIDDEN, ROWS, WIDTH, array, pa
 
 UNIT = 256  # tokens
 UNITS = ROWS // UNIT + EXPERTS
+_tiling = functools.partial(Tiling, group_order=8)
+WIDE = _tiling(tile_n=256, stages=3, accumulators=1)
 
 
 def _build(target: Target, *, format: str, tiling: Tiling, out_dtype: jnp.dtype) -> Program:
@@ -60,12 +62,15 @@ FAMILY = Family(
     name="mosaic_sm100_wgrad",
     about="weight gradient of W4A4, tcgen05 block-scaled MMA",
     interpreted="numerics, races, mutants",
-    cases=tuple(
-        case
-        for format in ("nvfp4", "mxfp4")
-        for case in (
-            _case("128x128, float32", format, Tiling(epilogue_n=32, group_order=8), jnp.float32),
-            _case("128x128, bfloat16", format, Tiling(epilogue_n=64, group_order=8), jnp.bfloat16),
-        )
+    cases=(
+        *(
+            case
+            for format in ("nvfp4", "mxfp4")
+            for case in (
+                _case("128x128, float32", format, _tiling(epilogue_n=32), jnp.float32),
+                _case("128x128, bfloat16", format, _tiling(epilogue_n=64), jnp.bfloat16),
+            )
+        ),
+        _case("128x256, float32", "nvfp4", WIDE, jnp.float32),
     ),
 )
