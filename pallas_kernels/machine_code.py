@@ -29,7 +29,7 @@ class Kernel:
     Attributes:
       name: of its entry function.
       arch: "sm_100a".
-      ptx, sass: the code, as text.
+      ptx, sass: the code, as text; no sass where nvdisasm does not know the architecture (sm_107a).
       registers: 32-bit registers of a thread.
       threads: of a block, where the PTX says so, else 0.
       stack_bytes, spill_bytes: local memory of a thread: arrays, and what did not fit into registers.
@@ -158,7 +158,7 @@ def disassemble(ptx: str, binary: Path, said: str, shared_bytes: int = 0) -> Ker
         name=_entry(ptx).removesuffix(MOSAIC_SUFFIX),
         arch=re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE).group(1),
         ptx=ptx,
-        sass=_run([tool("nvdisasm"), "-c", binary]),
+        sass=_sass(binary),
         registers=_number(r"Used (\d+) registers", said),
         threads=math.prod(map(int, threads.group(1).split(","))) if threads else 0,
         stack_bytes=_number(r"(\d+) bytes stack frame", said),
@@ -166,6 +166,15 @@ def disassemble(ptx: str, binary: Path, said: str, shared_bytes: int = 0) -> Ker
         shared_bytes=shared_bytes + _number(r"(\d+) bytes smem", said, default=0),
         tmem_columns=allocated_tmem(ptx),
     )
+
+
+def _sass(binary: Path) -> str:
+    try:
+        return _run([tool("nvdisasm"), "-c", binary])
+    except RuntimeError as error:
+        if "Cannot decode architecture" in str(error):
+            return ""
+        raise
 
 
 def entries(ptx: str) -> list[str]:

@@ -43,10 +43,11 @@ def sass(*loop):
     return "\n".join([".L_x_1:", *lines])
 
 
+LOAD = "cp.async.bulk.tensor.4d.shared::cta.global.mbarrier::complete_tx::bytes [%r1];\n"
 GOOD = Kernel(
     name="grouped",
     arch="sm_103a",
-    ptx=f"{MMA};\n{MMA};\ntcgen05.cp.cta_group::1.32x128b;\n",
+    ptx=f"{MMA};\n{MMA};\ntcgen05.cp.cta_group::1.32x128b;\n" + 2 * LOAD,
     sass=sass("UTMALDG.3D", "UTMALDG.4D", "UTCCP.T.S", "UTCOMMA.4X", "UTCOMMA.4X"),
     registers=96,
     threads=256,

@@ -126,6 +126,34 @@ class TestExpectations:
         found = expectation(compiled(dataclasses.replace(GOOD, **changes)))
         assert any(problem in text for text in found), found
 
+    @pytest.mark.parametrize(
+        ("expectation", "problem"),
+        [
+            (expect.block_scaled_mma("mxfp4", 2), "0 tcgen05.mma.cta_group::1.kind::mxf4nvf4"),
+            (expect.scale_copies(2), "1 tcgen05.cp in PTX instead of 2"),
+            (expect.tma_loads(1), "2 TMA loads in PTX instead of 1"),
+            (expect.no_mma(), "2 MMAs of any kind in PTX instead of 0"),
+            (expect.mma("wgmma.*", ".*"), "MMAs in PTX that are not wgmma.*"),
+        ],
+    )
+    def test_without_a_disassembler_ptx_is_looked_at(self, expectation, problem):
+        found = expectation(compiled(dataclasses.replace(GOOD, sass="")))
+        assert len(found) in (1, 2) and problem in found[0]
+
+    @pytest.mark.parametrize(
+        "expectation",
+        [
+            expect.block_scaled_mma("nvfp4", 2),
+            expect.scale_copies(1),
+            expect.tma_loads(2),
+            expect.mma(r"tcgen05\.mma.*4X", "UTCOMMA"),
+            expect.instructions("LDGSTS"),
+            expect.no_spills,
+        ],
+    )
+    def test_and_a_good_kernel_passes_without_one(self, expectation):
+        assert expectation(compiled(dataclasses.replace(GOOD, sass=""))) == []
+
     def test_wgmma(self):
         assert expect.mma(r"wgmma.*m64n128k16.*", "HGMMA.64x128x16.*")(compiled(HOPPER)) == []
         assert expect.no_mma()(compiled(HOPPER)) != []

@@ -30,7 +30,7 @@ class Facts:
     Attributes:
       kernel: name of its entry function.
       mma_ptx, mma: MMAs and how often they occur, in PTX and in machine code.
-      scale_copies, tma_loads: how often these occur.
+      scale_copies, tma_loads: how often these occur, in machine code or, without a disassembler, in PTX.
       registers, threads: of a thread, and how many threads a block has.
       spill_bytes: stack and local memory of a thread included.
       shared_bytes, tmem_columns: of a block.
@@ -194,12 +194,16 @@ def facts(kernel: Kernel) -> Facts:
     for _, name in machine_code.instructions(kernel.sass):
         if re.match(expect.MMA, name):
             sass[name] += 1
+
+    def count(in_sass: str, in_ptx: str) -> int:
+        return kernel.sass_count(in_sass) if kernel.sass else kernel.ptx_count(in_ptx)
+
     return Facts(
         kernel=kernel.name,
         mma_ptx=dict(Counter(re.findall(expect.PTX_MMA, kernel.ptx))),
         mma=dict(sass),
-        scale_copies=kernel.sass_count(expect.SCALE_COPY),
-        tma_loads=kernel.sass_count(expect.TMA_LOAD),
+        scale_copies=count(expect.SCALE_COPY, expect.PTX_SCALE_COPY),
+        tma_loads=count(expect.TMA_LOAD, expect.PTX_TMA_LOAD),
         registers=kernel.registers,
         threads=kernel.threads,
         spill_bytes=kernel.spill_bytes + kernel.stack_bytes,
