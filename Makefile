@@ -2,6 +2,7 @@
 # make test        installs, then runs the tests
 # make test-slow   the tests that take minutes: kill loops, whole notebooks, every kernel for every GPU
 # make verify-kernels  compiles every kernel for GPUs that are not here, checks the machine code, prints a table
+# make test-gpu    the hardware job, on a machine with an NVIDIA GPU: layouts, numerics, then timing
 # make setup       installs into .venv only; instant when nothing changed
 # make lint        ruff
 #
@@ -18,7 +19,7 @@ WITH_AOT := $(VENV)/.installed-aot
 PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 IS_312 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
 
-.PHONY: setup demo test test-slow verify-kernels lint
+.PHONY: setup demo test test-slow test-gpu verify-kernels lint
 
 setup: $(INSTALLED)
 
@@ -33,6 +34,10 @@ test-slow: $(WITH_AOT)
 
 verify-kernels: $(WITH_AOT)
 	@$(VENV)/bin/moelab kernels verify
+
+test-gpu: $(WITH_AOT)
+	@$(PIP_INSTALL) -e '.[cuda]'
+	@MOELAB_TEST_PLATFORM=cuda $(VENV)/bin/python -m pytest -q -s -m gpu tests/gpu $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

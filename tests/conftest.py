@@ -1,8 +1,8 @@
-"""Settings of every test: CPU with the flag that moelab itself sets, strict promotion, warnings are errors."""
+"""Settings of every test: CPU (or what `make test-gpu` asks for) with the flag that moelab itself sets, strict promotion, warnings are errors."""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("MOELAB_TEST_PLATFORM", "cpu")
 
 from moelab import environment
 

@@ -193,9 +193,12 @@ def _call(
         options |= dict(tiling=None, capability=device.capability)
     else:
         options |= dict(num_sms=device.num_sms, interpret=_INTERPRET.get())
+    x, w, sizes_E = operands
     if kernel == "mosaic_sm100":
-        options |= dict(tiling=module.default_tiling(operands[1].format, out_dtype))
-    return module.grouped_matmul_codes(*operands, **options)
+        options |= dict(tiling=module.default_tiling(w.format, out_dtype))
+    else:  # a copy of the scales, if they were arranged for the other kernel of this GPU
+        w = formats.arranged(w, "linear")
+    return module.grouped_matmul_codes(x, w, sizes_E, **options)
 
 
 def _weight_gradient(device: Device, dy_BNU, x_BKU, padded_E) -> jax.Array:

@@ -1,0 +1,94 @@
+"""Products and gradients on the GPU against float64 and against the reference backend."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import INTERPRETED
+from products import expected, packed, product, unit_scales
+
+import pallas_kernels
+from pallas_kernels import MatmulPrecision, formats
+
+SIZES = [
+    [128, 128],
+    [1, 0],
+    [0, 37],
+    [100, 0],
+    [61, 130],
+]
+
+
+def random(format, rows, experts=2, columns=128, depth=512):
+    x = jax.random.normal(jax.random.key(0), (rows, depth))
+    w = jax.random.normal(jax.random.key(1), (experts, columns, depth))
+    return (formats.quantize(a, format, num_batch_axes=1) for a in (x, w))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_small_integers_are_exact(kernel, format, sizes):
+    """Integers times powers of two, sums below 2^24: every order of summation gives the same."""
+    draw = np.random.default_rng(0)
+    x = packed(draw.integers(0, 16, (256, 512)), unit_scales((256, 512), format), format)
+    w = packed(draw.integers(0, 16, (2, 128, 512)), unit_scales((2, 128, 512), format), format)
+    y = product(kernel, x, w, sizes)
+    np.testing.assert_array_equal(y, expected(x, w, sizes))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_random_operands(kernel, format, sizes):
+    x, w = random(format, 256)
+    if "bfloat16" in kernel.x:  # what such a kernel is given
+        x = formats.quantize(formats.dequantize(x).astype(jnp.bfloat16), format, num_batch_axes=1)
+    want = expected(x, w, sizes)
+    scale = np.abs(want).max()
+    got = product(kernel, x, w, sizes)
+    # bfloat16 activations lose 2^-9 of each; codes lose nothing, and float32 sums of 512 products about 1e-6.
+    tolerance = 2e-3 if "bfloat16" in kernel.x else 2e-6
+    assert np.abs(got - want).max() <= tolerance * scale
+    assert not got[sum(sizes) :].any()
+    half = product(kernel, x, w, sizes, jnp.bfloat16)
+    np.testing.assert_allclose(half.astype(np.float64), want, rtol=2**-8, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_gradients_against_the_reference(here, format):
+    """All three products of training in 4 bits, through the public function."""
+    if not here.is_tcgen05:
+        pytest.skip(f"training in 4 bits has kernels on sm_10x only, this is {here}")
+    x, w = (
+        jax.random.normal(jax.random.key(0), (256, 256)),
+        jax.random.normal(jax.random.key(1), (2, 256, 256)),
+    )
+    dy = jax.random.normal(jax.random.key(2), (256, 256))
+    two_d = "nvfp4_2d" if format == "nvfp4" else format
+    precision = MatmulPrecision(x=format, w=two_d, dy=format, hadamard=16)
+    sizes = jnp.array([77, 150], jnp.int32)
+
+    def run(implementation):
+        def call(x, w):
+            options = dict(implementation=implementation)
+            return pallas_kernels.quantized_grouped_matmul(x, w, sizes, precision, **options)
+
+        y, back = jax.vjp(call, x, w)
+        return y, *back(dy)
+
+    for one, other in zip(run("mosaic_sm100"), run("reference"), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_quantized_rows_are_those_of_the_definition(here):
+    """The kernel that quantizes, bit for bit."""
+    quantize = pytest.importorskip("pallas_kernels.quantize")
+    if not here.is_tcgen05:
+        pytest.skip(f"the quantizing kernel is for sm_10x, this is {here}")
+    if INTERPRETED:
+        pytest.skip("tests/quantize_sm100_test.py interprets it")
+    x = jax.random.normal(jax.random.key(0), (300, 512)).astype(jnp.bfloat16)
+    for format in ("nvfp4", "mxfp4"):
+        got = quantize.quantize_rows(x, format, implementation="mosaic_sm100")
+        want = formats.quantize(x, format, num_batch_axes=1)
+        np.testing.assert_array_equal(got.codes, want.codes)
+        np.testing.assert_array_equal(formats.arranged(got, "linear").scales, want.scales)
