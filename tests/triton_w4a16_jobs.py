@@ -53,14 +53,15 @@ def results(interpret, interpret_or_fail, tensor) -> Iterator[tuple[str, np.ndar
             yield f"{format}/{name}", interpret(module.w4a16, call(case, format))
     for name, case in triton_cases.FLOAT16_CASES.items():
         yield f"float16/{name}", interpret(module.w4a16, call(case, "nvfp4"))
+    works = {
+        f"{format}/{name}": call(triton_cases.CASES[name], format) for format, name in CAUGHT_BY
+    }
     for mutant in MUTANTS:
-        copy = mutated(module.__name__, mutant)
-        for format, name in CAUGHT_BY:
-            work = call(triton_cases.CASES[name], format)
-            yield f"mutant/{mutant.name}/{format}/{name}", interpret_or_fail(copy.w4a16, work)
-    for format, name in CAUGHT_BY:
-        work = call(triton_cases.CASES[name], format)
-        yield f"after mutants/{format}/{name}", interpret(module.w4a16, work)
+        kernel = mutated(module.__name__, mutant).w4a16
+        for name, work in works.items():
+            yield f"mutant/{mutant.name}/{name}", interpret_or_fail(kernel, work)
+    for name, work in works.items():
+        yield f"after mutants/{name}", interpret(module.w4a16, work)
 
 
 def call(case: triton_cases.Case, format: str) -> triton_launch.Call:

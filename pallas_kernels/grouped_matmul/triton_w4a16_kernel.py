@@ -110,14 +110,31 @@ def tile_of(schedule, NUM_TILES: tl.constexpr, NUM_COLUMNS: tl.constexpr, GROUP:
 
 
 @triton.jit
-def scaled_rows(acc_MN, expert, row, expert_scale, row_scale, live_M):
-    """acc * (expert_scale * row_scale), all float32; `row` is the tile's first one."""
+def finished(
+    acc_MN,
+    expert,
+    row,
+    outputs_N,
+    expert_scale,
+    row_scale,
+    bias,
+    live_M,
+    inside_N,
+    N: tl.constexpr,
+):
+    """acc * (expert_scale * row_scale) + bias in float32; `row` is the tile's first one."""
     factor = tl.load(expert_scale + expert)
     if row_scale is None:
-        return acc_MN * factor
-    rows_M = tl.arange(0, acc_MN.shape[0])
-    factor_M = factor * tl.load(row_scale + row + rows_M, mask=live_M, other=0.0)
-    return acc_MN * factor_M[:, None]
+        y_MN = acc_MN * factor
+    else:
+        rows_M = tl.arange(0, acc_MN.shape[0])
+        factor_M = factor * tl.load(row_scale + row + rows_M, mask=live_M, other=0.0)
+        y_MN = acc_MN * factor_M[:, None]
+    if bias is not None:
+        offset = expert.to(tl.int64) * N
+        bias_N = tl.load(bias + offset + outputs_N, mask=inside_N, other=0.0)
+        y_MN += bias_N.to(tl.float32)[None, :]
+    return y_MN
 
 
 @triton.jit
@@ -173,9 +190,7 @@ def w4a16(
         codes_N = load(codes, outputs_N, k // 2 + pairs_K, K // 2, inside_N, EVEN)
         w_NK = scaled_weights(codes_N, scales_NS, BLOCK, E4M3, x.dtype.element_ty, INTERPRET)
         acc_MN = tl.dot(x_MK.to(w_NK.dtype), tl.trans(w_NK), acc_MN)
-    y_MN = scaled_rows(acc_MN, expert, row, expert_scale, row_scale, live_M)
-    if bias is not None:
-        offset = expert.to(tl.int64) * N
-        bias_N = tl.load(bias + offset + outputs_N, mask=inside_N, other=0.0)
-        y_MN += bias_N.to(tl.float32)[None, :]
+    y_MN = finished(
+        acc_MN, expert, row, outputs_N, expert_scale, row_scale, bias, live_M, inside_N, N
+    )
     tl.store(y, y_MN.to(y.dtype.element_ty), mask=mask_MN)
