@@ -1,4 +1,7 @@
-"""Settings of every test: CPU (or what `make test-gpu` asks for) with the flag that moelab itself sets, strict promotion, warnings are errors."""
+"""Settings of every test: the platform, the flag that moelab sets, strict promotion; warnings are errors.
+
+CPU, or what `make test-gpu` asks for.
+"""
 
 import os
 
