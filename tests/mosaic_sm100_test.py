@@ -22,7 +22,7 @@ from tests.mutants import mutated
 
 # Few pseudo-threads stand for asynchronous copies: where two share one, a race between them goes unseen.
 _INTERPRET = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=32)
-_SMALL = Tiling(stages=2, epilogue_n=64)
+_SMALL = Tiling(stages=2, epilogue_n=64, fewest_rows=32)
 
 
 def _compiled(x, w, sizes_E, *, module=mosaic_sm100, tiling=_SMALL, num_sms=1, **options):
@@ -72,7 +72,8 @@ def _expected(x, w, sizes, expert_scale_E, row_scale_T=None, bias_EN=None):
 @pytest.mark.parametrize(
     "format, num_columns, sizes, num_rows, tiling, num_sms, out_dtype",
     [
-        # Blocks shared by four groups, empty groups, one row, a ragged end, rows of nobody over two blocks.
+        # Blocks shared by four groups, empty groups, one row, a ragged end, rows of nobody over two blocks; parts of
+        # blocks and whole ones are loaded.
         ("nvfp4", 128, [0, 78, 1, 0, 60, 13], 260, _SMALL, 1, jnp.float32),
         # Wide tiles, one accumulator, one stage, two SMs, every row taken, padded rows.
         (
@@ -169,8 +170,8 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module")
 def case():
-    """Four tiles, so that both accumulators and both stages are used again."""
-    sizes, num_rows = [78, 0, 86, 60], 230
+    """Four tiles, so that both accumulators and both stages are used again; of three, a part of a block is loaded."""
+    sizes, num_rows = [140, 0, 20, 28], 200
     x, w, scales = _quantized(np.random.default_rng(4), "nvfp4", sizes, num_rows, 512, 128)
     expected = _expected(x, w, sizes, np.ones(len(sizes)))
 
@@ -211,6 +212,8 @@ def test_mutants(mutant, case, monkeypatch):
         (dict(tile_k=128), "tile_k must be"),
         (dict(accumulators=3), "accumulators must be"),
         (dict(epilogue_n=128), "epilogue_n must be"),
+        (dict(fewest_rows=16), "fewest_rows must be"),
+        (dict(fewest_rows=64, collective=True), "fewest_rows must be"),
         (dict(stages=0), "stages must be"),
         (dict(group_order=0), "group_order must be"),
     ],

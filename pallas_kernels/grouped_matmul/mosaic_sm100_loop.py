@@ -262,10 +262,26 @@ class Loop:
 
     def _copy_rows(self, data: Operands, tile: Tile, k: jax.Array, stage: jax.Array) -> None:
         pair = self._copies(plgpu.CopyPartition.PARTITIONED(0))
-        rows = pl.ds(tile.block * self.tiling.tile_m, self.tiling.tile_m)
-        plgpu.copy_gmem_to_smem(
-            data.x_TK.at[rows, self._columns(k)], self.x.at[stage], self.full.at[stage], **pair
-        )
+
+        def copy(first, rows):
+            plgpu.copy_gmem_to_smem(
+                data.x_TK.at[
+                    pl.ds(tile.block * self.tiling.tile_m + first, rows), self._columns(k)
+                ],
+                self.x.at[stage, pl.ds(first, rows)] if rows < TILE_M else self.x.at[stage],
+                self.full.at[stage],
+                **pair,
+            )
+
+        window = self.tiling.fewest_rows
+        if window == TILE_M:
+            copy(0, self.tiling.tile_m)
+        else:
+            # What is not loaded is left from another step: it is multiplied and not stored.
+            first = lax.div(tile.first_row, jnp.int32(window)) * window
+            stop = tile.first_row + tile.rows
+            pl.when(stop <= first + window)(lambda: copy(first, window))
+            pl.when(stop > first + window)(lambda: copy(0, TILE_M))
         atoms = pl.ds(tile.block * self.tiling.num_ctas, self.tiling.num_ctas)
         plgpu.copy_gmem_to_smem(
             data.x_scales.at[atoms, self._scale_columns(k)],

@@ -44,6 +44,12 @@ LOOP = (
         "acc = self._accumulator(self.tiling.accumulators - 1 - slot)\n",
     ),
     Mutant(
+        "a part of a block is put where the block begins",
+        "self.x.at[stage, pl.ds(first, rows)]",
+        "self.x.at[stage, pl.ds(0, rows)]",
+        "numerics",
+    ),
+    Mutant(
         "weights of one expert, scales of another",
         "data.w_scales.at[tile.expert,",
         "data.w_scales.at[0,",
