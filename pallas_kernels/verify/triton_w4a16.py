@@ -42,9 +42,18 @@ def _right_mma(rows: int) -> Expectation:
     """bfloat16 MMAs of the architecture's own kind, where a tile has rows enough for it; else those of Ampere."""
 
     def expectation(compiled: Compiled) -> list[str]:
-        major = compiled.target.capability[0]
-        own = {9: WGMMA, 10: TCGEN05}.get(major, MMA_SYNC) if rows > 16 else MMA_SYNC
-        return expect.mma(*own)(compiled)
+        from pallas_kernels.grouped_matmul import triton_w4a16
+
+        capability = compiled.target.capability
+        t = triton_w4a16.default_tiling(rows, 2 * HIDDEN, WIDTH, capability)
+        if capability[0] == 10 and t.block_m >= 64:
+            # As many as the pipeline's copies of the loop have.
+            return expect.mma(*TCGEN05)(compiled)
+        if capability[0] == 9 and t.block_m >= 64:
+            kind, size = WGMMA, 64 * t.block_n * 16 * (t.num_warps // 4)
+        else:
+            kind, size = MMA_SYNC, 16 * 8 * 16 * t.num_warps
+        return expect.mma(*kind, count=t.block_m * t.block_n * t.block_k // size)(compiled)
 
     return expectation
 
