@@ -79,6 +79,8 @@ def build() -> argparse.ArgumentParser:
     kernels = _group(commands, "kernels", "list the GPU kernels; verify them without a GPU")
     _kernels(kernels)
     _fit(kernels)
+    _roofline(kernels)
+    _bench(_group(commands, "bench", "time backends, layers and steps; compare with older times"))
     config = _group(commands, "config", "show, compare and list configs")
     _config(config)
     data = _group(commands, "data", "build or describe the data of a config")
@@ -242,6 +244,26 @@ def _takes_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _bench(bench) -> None:
+    for name, repeats, shape, text in (
+        ("kernels", 15, "T,E,N,K", "the grouped matmul of every backend of this device"),
+        ("layer", 21, "E,K[,T,D,F]", "MoE layers against a dense one of equal active FLOPs"),
+        ("step", 7, "", "training steps against those of a dense model of equal active width"),
+    ):
+        command = _add(bench, name, f"bench:{name}", f"time {text}")
+        command.add_argument(
+            "--repeats", type=_positive, default=repeats, metavar="N", help=f"rounds ({repeats})"
+        )
+        if shape:
+            command.add_argument(
+                "--shape", action="append", metavar=shape, help="repeat for more (a list of ours)"
+            )
+        command.add_argument("--out", metavar="FILE", default="", help="write the rows, as JSON")
+        command.add_argument(
+            "--compare", metavar="FILE", default="", help="how much longer than an --out of before"
+        )
+
+
 def _config(config) -> None:
     text = "every field with its value; * marks what is not the default"
     _add(config, "show", "inspecting:show", text, _takes_config)
@@ -269,6 +291,29 @@ def _fit(kernels) -> None:
     )
     fit.add_argument(
         "--format", choices=("nvfp4", "mxfp4"), default="nvfp4", help="of the experts (nvfp4)"
+    )
+
+
+def _roofline(kernels) -> None:
+    text = "what bounds a grouped matmul for the experts of published models, by a model of the GPU"
+    roofline = _add(kernels, "roofline", "roofline:roofline", text)
+    roofline.add_argument(
+        "--kernel",
+        choices=("mosaic_sm100", "mosaic_sm90", "triton_w4a16"),
+        default="mosaic_sm100",
+        help="which kernel (mosaic_sm100)",
+    )
+    roofline.add_argument("--target", metavar="GPU", default="", help="b200, or h100 for W4A16")
+    roofline.add_argument("--model", type=_names, default=(), metavar="A,B", help="models (all)")
+    roofline.add_argument(
+        "--format", choices=("nvfp4", "mxfp4"), default="nvfp4", help="of the weights (nvfp4)"
+    )
+    roofline.add_argument(
+        "--tokens",
+        type=_counts,
+        default=(1, 8, 64, 512, 4096, 16384, 65536),
+        metavar="N,M",
+        help="tokens of the batch (1,8,64,512,4096,16384,65536)",
     )
 
 
@@ -401,3 +446,7 @@ _step = _converter(
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(name) for name in _names(text))

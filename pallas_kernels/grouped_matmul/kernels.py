@@ -195,10 +195,25 @@ def _call(
         options |= dict(num_sms=device.num_sms, interpret=_INTERPRET.get())
     x, w, sizes_E = operands
     if kernel == "mosaic_sm100":
-        options |= dict(tiling=module.default_tiling(w.format, out_dtype))
+        options |= dict(tiling=_tiling(x, w, out_dtype, device))
     else:  # a copy of the scales, if they were arranged for the other kernel of this GPU
         w = formats.arranged(w, "linear")
     return module.grouped_matmul_codes(x, w, sizes_E, **options)
+
+
+def _tiling(x, w: formats.BlockScaled, out_dtype: jnp.dtype, device: Device):
+    """The tiling that the roofline is best with, rows shared evenly; its sizes, in the family's default otherwise."""
+    from pallas_kernels import roofline, schedules
+    from pallas_kernels.grouped_matmul import mosaic_sm100
+
+    sizes_E = roofline.even(x.shape[0], w.shape[0])
+    product = roofline.Product(sizes_E, *w.shape[1:], x.format, w.format, out_dtype.itemsize)
+    limits = dataclasses.replace(roofline.B200, num_sms=device.num_sms)
+    collective = _INTERPRET.get() is None and device.num_sms > 1
+    chosen = schedules.SM100[schedules.choose_sm100(product, limits, collective)]
+    sizes = ("tile_n", "stages", "accumulators", "collective")
+    fields = {name: getattr(chosen, name) for name in sizes}
+    return dataclasses.replace(mosaic_sm100.default_tiling(w.format, out_dtype), **fields)
 
 
 def _weight_gradient(device: Device, dy_BNU, x_BKU, padded_E) -> jax.Array:
