@@ -179,6 +179,11 @@ def interpreted(params: Any) -> Iterator[None]:
         _INTERPRET.reset(token)
 
 
+def is_interpreted() -> bool:
+    """Whether Mosaic kernels run in the interpreter here."""
+    return _INTERPRET.get() is not None
+
+
 def _scale(format: str) -> str:
     return formats.FORMATS[format].scale
 

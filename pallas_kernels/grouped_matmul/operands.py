@@ -7,10 +7,13 @@ T rows sorted by expert, K contraction axis, N output axis, E experts.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import formats
+from pallas_kernels import device, formats, private_shard_map
+from pallas_kernels.grouped_matmul import kernels
 from pallas_kernels.grouped_matmul.precision import MatmulPrecision, Weight
 
 
@@ -74,7 +77,30 @@ def _rows(x_TK, format, rule, scale, group_sizes_E, amax_E, key):
         if scale == "per_tensor":
             found_E = jnp.broadcast_to(jnp.max(found_E, keepdims=True), found_E.shape)
         amax_T = of_group(found_E, group_sizes_E, x_TK.shape[0])
+    if _has_kernel(x_TK, format, key):
+        data = None if key is None else jax.random.key_data(key)
+        call = functools.partial(_by_kernel, format, rule)
+        return private_shard_map.hidden(call, x_TK, amax_T, data)
     return formats.quantize(x_TK, format, rule=rule, num_batch_axes=1, key=key, global_amax=amax_T)
+
+
+def _has_kernel(x_TK, format: str, key) -> bool:
+    """Whether a kernel of the device makes the codes: the same bits, in one pass over the rows."""
+    if not device.current().is_tcgen05 or kernels.is_interpreted():
+        return False
+    from pallas_kernels import quantize  # imports Pallas, which a CPU does without
+
+    if format not in quantize.FORMATS:
+        return False
+    options = dict(rule=None, token_N=None, amax_N=None, hadamard=None, key=key)
+    return quantize.choose(None, x_TK, format, **options) != "xla"
+
+
+def _by_kernel(format, rule, x_TK, amax_T, data):
+    from pallas_kernels import quantize
+
+    key = None if data is None else jax.random.wrap_key_data(data, impl="threefry2x32")
+    return quantize.quantize_rows(x_TK, format, rule=rule, amax_N=amax_T, key=key)
 
 
 def _one_scale(x_TK, format, rule, group_sizes_E, key):

@@ -4,6 +4,6 @@
 >>> q = quantize.quantize_rows(x_TK, "nvfp4", token_N=token_N)
 """
 
-from pallas_kernels.quantize.api import IMPLEMENTATIONS, choose, quantize_rows
+from pallas_kernels.quantize.api import FORMATS, IMPLEMENTATIONS, choose, quantize_rows
 
-__all__ = ["IMPLEMENTATIONS", "choose", "quantize_rows"]
+__all__ = ["FORMATS", "IMPLEMENTATIONS", "choose", "quantize_rows"]

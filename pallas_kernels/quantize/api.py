@@ -14,7 +14,7 @@ from pallas_kernels.quantize import mosaic_sm100, xla
 
 IMPLEMENTATIONS = ("mosaic_sm100", "xla")
 
-_FORMATS = ("nvfp4", "nvfp4_46", "mxfp4")
+FORMATS = ("nvfp4", "nvfp4_46", "mxfp4")
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -98,8 +98,8 @@ def choose(
 
 
 def _checked_rule(format: str, rule: str | None) -> str:
-    if format not in _FORMATS:
-        raise ValueError(f"unknown format {format!r}; allowed: {', '.join(_FORMATS)}")
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; allowed: {', '.join(FORMATS)}")
     rules = formats.FORMATS[format].rules
     if rule is not None and rule not in rules:
         raise ValueError(f"unknown rule {rule!r} for format {format}; allowed: {', '.join(rules)}")
