@@ -18,7 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "bench"))
 
 BARS = {
     "nvfp4_qat": 1.8,
@@ -31,15 +30,12 @@ BARS = {
 
 def measure(names: list[str], repeats: int) -> list[dict]:
     """Returns a row per recipe: seconds, and the ratio to the unquantized step."""
-    import step  # bench/step.py
+    from moelab.bench import step
+    from pallas_kernels import timing
 
-    runs = {name: step.make_run("", name)[0] for name in ("none", *names)}
-    for run in 2 * list(runs.values()):
-        run()  # compiles, then touches its memory
-    times = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(step.seconds(run))
+    config = step.PAIRS["E=16 k=2"].sparse
+    calls = {name: step.make_run(config, name)[0] for name in ("none", *names)}
+    times = timing.interleaved(calls, repeats, warm_ups=2)
     rows = []
     for name in names:
         ratios = [a / b for a, b in zip(times[name], times["none"], strict=True)]

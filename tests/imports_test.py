@@ -22,7 +22,7 @@ RANKS = [
     ["moelab.experts", "moelab.attention", "moelab.moe", "moelab.loss"],
     ["moelab.model", "moelab.optimizer"],
     ["moelab.step"],
-    ["moelab.evaluate", "moelab.generate", "moelab.record", "moelab.routes"],
+    ["moelab.bench", "moelab.evaluate", "moelab.generate", "moelab.record", "moelab.routes"],
     ["moelab.train"],
     ["moelab.launch"],
     ["moelab.cli", "moelab.__main__"],
