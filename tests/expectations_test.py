@@ -17,7 +17,7 @@ BAD = {
     "MXFP4's MMA for NVFP4": (
         expect.block_scaled_mma("nvfp4", 2),
         {"ptx": f"{MMA[:-2]}2X;" * 2, "sass": sass("UTCOMMA", "UTCOMMA")},
-        "0 UTCOMMA with .4X instead of 2",
+        "0 UTCOMMA by blocks of 16 instead of 2",
     ),
     "NVFP4's MMA for MXFP4": (expect.block_scaled_mma("mxfp4", 2), {}, "scale_vec::2X in PTX"),
     "one CTA for two": (
@@ -125,6 +125,11 @@ class TestExpectations:
     def test_a_bad_one_does_not(self, expectation, changes, problem):
         found = expectation(compiled(dataclasses.replace(GOOD, **changes)))
         assert any(problem in text for text in found), found
+
+    @pytest.mark.parametrize("name", ["UTCOMMA.4X", "UTCOMMA.2CTA.4X", "UTCOMMA.BLOCK16"])
+    def test_blocks_of_16_have_a_name_on_each_architecture(self, name):
+        code = dataclasses.replace(GOOD, sass=GOOD.sass.replace("UTCOMMA.4X", name))
+        assert expect.block_scaled_mma("nvfp4", 2)(compiled(code)) == []
 
     @pytest.mark.parametrize(
         ("expectation", "problem"),

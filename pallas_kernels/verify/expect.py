@@ -19,6 +19,7 @@ Expectation = Callable[[Compiled], list[str]]
 TCGEN05, WGMMA, MMA_SYNC = r"UTC[A-Z]*MMA", r"[A-Z]GMMA", r"([HQIOBD]MMA|MMA)\b"
 MMA = rf"({TCGEN05}|{WGMMA}|{MMA_SYNC})"
 SCALE_COPY, TMA_LOAD = "UTCCP", "UTMALDG"
+_BY_16 = r"UTCOMMA.*\.(4X|BLOCK16)\b"
 PTX_SCALE_COPY = r"\btcgen05\.cp\b"
 PTX_TMA_LOAD = r"\bcp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global\b"
 PTX_MMA = r"\b(?:tcgen05\.mma|wgmma\.mma_async|mma\.sync)[\w.:]*"
@@ -56,8 +57,8 @@ def _in_sass(found: Kernel, name: str, wanted: int) -> list[str]:
 def block_scaled_mma(format: str, count: int, *, ctas: int = 1, kernel: str = "") -> Expectation:
     """Expects `count` block-scaled FP4 MMAs of tcgen05 in each step, in one loop, and no other MMA at all.
 
-    In PTX: kind::mxf4nvf4.block_scale.scale_vec::4X (a scale per 16) or ::2X (per 32); in machine code UTCOMMA, with
-    .4X for the former.
+    In PTX: kind::mxf4nvf4.block_scale.scale_vec::4X (a scale per 16) or ::2X (per 32); in machine code UTCOMMA, for the
+    former with .4X (sm_100) or .BLOCK16 (sm_103).
     """
     vector = "4X" if FORMATS[format].block == 16 else "2X"
     name = f"kind::mxf4nvf4.block_scale.scale_vec::{vector}"
@@ -71,8 +72,8 @@ def block_scaled_mma(format: str, count: int, *, ctas: int = 1, kernel: str = ""
             *_in_sass(found, "UTCOMMA", count),
         ]
         if found.sass:
-            four = sum(n for code, n in found.opcodes.items() if re.match(r"UTCOMMA.*\.4X", code))
-            problems += _counted("UTCOMMA with .4X", four, count if vector == "4X" else 0)
+            by_16 = sum(n for code, n in found.opcodes.items() if re.match(_BY_16, code))
+            problems += _counted("UTCOMMA by blocks of 16", by_16, count if vector == "4X" else 0)
             problems += _counted("MMAs of any kind", found.sass_count(MMA), count)
         return problems
 
