@@ -19,7 +19,7 @@ from moelab import checkpoint, data, loss, metrics, optimizer, quant
 from moelab import config as configs
 from moelab import model as model_lib
 from moelab import step as step_lib
-from moelab.quant import recipes
+from moelab.quant import packing, recipes
 
 REFERENCE = "float32"
 
@@ -249,7 +249,7 @@ def packed_variables(
     if quantized and recipe.expert_activation is None:
         variables["params"] = quant.unpack(rest, quantized, recipe.rotation)
     elif quantized:
-        variables["quantized"] = quantized
+        variables["quantized"] = packing.for_device(quantized)
     return variables, expert_bytes
 
 

@@ -22,7 +22,6 @@ from moelab import model as model_lib
 from moelab import parallel
 from moelab.quant import packing, recipes
 from pallas_kernels import aot, device, formats
-from pallas_kernels.grouped_matmul import choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _variables(config, model: model_lib.Transformer, recipe: recipes.Recipe) -> 
     def make():
         drawn = model_lib.init(model, jax.random.key(0))
         rest, quantized = packing.pack(drawn["params"], recipe)
-        quantized = jax.tree.map(choice.for_device, quantized, is_leaf=_is_packed)
+        quantized = packing.for_device(quantized)
         rest = jax.tree.map(lambda a: a.astype(jnp.bfloat16), rest)
         return {"params": rest, "quantized": quantized, "router_state": drawn["router_state"]}
 

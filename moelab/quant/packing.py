@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from moelab.quant.recipes import Recipe
 from pallas_kernels import formats
+from pallas_kernels.grouped_matmul import choice
 
 # Ends of the paths of routed experts' matrices, [..., E, out, in].
 EXPERT_PATHS = (("experts", "gate_up"), ("experts", "down"))
@@ -66,6 +67,15 @@ def unpack(
         else:
             merged[name] = value
     return merged
+
+
+def for_device(quantized: Mapping[str, Any]) -> dict:
+    """Returns packed experts with their scales as the kernels of this device read them: once, when they are loaded."""
+    return jax.tree.map(
+        lambda leaf: choice.for_device(leaf) if _is_packed(leaf) else leaf,
+        quantized,
+        is_leaf=_is_packed,
+    )
 
 
 _dequantize = jax.jit(formats.dequantize)
