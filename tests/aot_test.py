@@ -13,10 +13,10 @@ needs_aot = pytest.mark.skipif(bool(aot.missing()), reason=aot.missing() or "ins
 
 @needs_aot
 class TestProcesses:
-    def test_a_real_program_and_one_that_unpacks_in_xla(self):
-        names = ["as_they_are", "unpacked"]
+    def test_a_real_program_one_that_unpacks_in_xla_and_one_that_spills(self):
+        names = ["as_they_are", "unpacked", "spilling"]
         found = aot.in_process("b200", "tests.aot_children:controls", names, timeout=300)
-        good, bad = (runner._from_plain(values) for values in found)
+        good, bad, spilling = (runner._from_plain(values) for values in found)
         assert good.problems == () and good.temp_bytes == 0 and good.arch == "sm_100a"
         (facts,) = good.kernels
         assert facts.kernel == "halve" and facts.tma_loads == 1 and facts.threads == 128
@@ -24,6 +24,9 @@ class TestProcesses:
         assert 65536 < facts.shared_bytes < 66000
         (problem,) = bad.problems
         assert problem.startswith("packed args[0] u8[64,256,2] is read by fusion")
+        (problem,) = spilling.problems
+        assert problem.startswith("halve: ") and "bytes spilled" in problem
+        assert spilling.kernels[0].spill_bytes > 0
 
     def test_a_process_that_dies_says_so_and_its_results_are_kept(self):
         found = aot.in_process("h100", "tests.aot_children:die", {"a": [1]})
@@ -56,6 +59,10 @@ class TestCases:
         alone = runner.cases_for([gb200], ["mosaic_sm100"])
         assert len(together["b200"]) == len(alone["gb200"]) > len(together["gb200"]) > 0
         assert together["h100"] == []
+        vr200 = aot.targets()["vr200"]
+        assert len(runner.cases_for([b200, vr200], ["mosaic_sm100"])["vr200"]) == len(
+            together["gb200"]
+        )
 
     @needs_aot
     def test_a_case_that_ends_its_process_fails_alone(self, monkeypatch):
