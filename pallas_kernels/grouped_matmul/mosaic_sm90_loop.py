@@ -7,8 +7,7 @@ their own pace, a ring of stages between them:
     other warpgroups   shared memory -> registers, decode, wgmma      wait full, arrive empty
 
 The product is transposed: weights are the M side of `wgmma`, whose left operand may come from registers, and rows of x
-its N side, which may be as few as 8. Nothing drains between tiles. A stage is freed one step late, when a wait shows
-that its products are done while the next one's run on.
+its N side, which may be as few as 8. The ring does not drain between tiles.
 
 T rows of x, P of aligned groups, K contraction axis, N weight rows, E experts, B blocks and C words along K, I tiles.
 """
@@ -221,8 +220,6 @@ class Roles:
             def product(acc):
                 step = functools.partial(self._multiply_stage, acc, warpgroup, before)
                 lax.fori_loop(0, self._num_steps, step, None)
-                plgpu.wgmma_wait(0)
-                self._free(before + self._num_steps - 1)
                 return acc[...]
 
             acc_NT = pl.run_scoped(product, plgpu.ACC((ROWS, self.tiling.tile_n), jnp.float32))
@@ -232,7 +229,10 @@ class Roles:
         plgpu.wait_smem_to_gmem(0)
 
     def _multiply_stage(self, acc: Ref, warpgroup: jax.Array, before: jax.Array, k, _) -> None:
-        """Adds a step's product to acc and leaves its last part in flight; frees the stage of the step before."""
+        """Adds a step's product to acc: each code's product runs while the next code is decoded.
+
+        Nothing stays in flight from one step to the next: ptxas would then wait after every single instruction.
+        """
         stage, width = self._stage(before + k), self.tiling.words
         plgpu.barrier_wait(self.full.at[stage])
         mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
@@ -243,9 +243,8 @@ class Roles:
             a_MC = decode.values(word_MC, code, scale_MC, interpreted=self.interpreted)
             x_TC = self.x.at[stage, :, pl.ds(code * width, width)]
             plgpu.wgmma(acc, a_MC, x_TC.transpose((1, 0)))
-            plgpu.wgmma_wait(1)
-            if code == 0:
-                pl.when(k > 0)(lambda: self._free(before + k - 1))
+        plgpu.wgmma_wait(0)
+        self._free(before + k)
 
     def _free(self, step: jax.Array) -> None:
         """Gives a step's stage back to the loader. Registers were read from it too, before TMA overwrites them."""
@@ -266,8 +265,12 @@ class Roles:
             y_NT = y_NT + lax.broadcast_in_dim(bias_N, shape, (0,))
         buffer = self.out.at[warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        # No layout makes this store a vector one: 2 or 4 bytes at a time, with bank conflicts, once per tile.
-        plgpu.store(buffer.transpose((1, 0)), y_NT.astype(buffer.dtype), optimized=False)
+        y_NT = y_NT.astype(buffer.dtype)
+        if buffer.dtype.itemsize == 4:
+            # 16-bit elements are transposed by `stmatrix`, these by a shuffle.
+            y_NT = plgpu.layout_cast(y_NT, plgpu.Layout.WGMMA_TRANSPOSED)
+        # "Not optimized" allows bank conflicts: they cost little, once per tile.
+        plgpu.store(buffer.transpose((1, 0)), y_NT, optimized=False)
         plgpu.commit_smem()
         _copy_rows(buffer, self.out_TN, tile.row, tile.rows, columns)
 

@@ -21,7 +21,7 @@ class Tiling:
       tile_m: weight rows (output columns) of a tile: 64 for each of one or two warpgroups that compute.
       tile_n: rows of x of a tile, all of one expert: 8, 16, 24, .. 256.
       tile_k: contraction elements of a step: 64, 128 or 256. Wider ones decode scales more cheaply.
-      stages: steps whose operands are in flight, at least 2: a stage is freed when the next one has begun.
+      stages: steps whose operands are in flight, at least 2.
 
     Raises:
       ValueError: sizes that the instructions do not have. The budget depends on the format: `check_budget`.
