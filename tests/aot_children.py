@@ -62,7 +62,7 @@ def unpacked(packed):
 
 
 def spilling(packed):
-    """The same, but a warpgroup holds 192 numbers a thread twice."""
+    """The same, but each thread holds 384 numbers."""
 
     def change(x):
         x = x.astype(jnp.float32)
