@@ -55,8 +55,8 @@ def grouped_matmul_codes(
     Global scales of NVFP4 are left to expert_scale_E and row_scale_T: `global_amax` is not read here.
 
     Args:
-      x: (T, K), 4-bit, rows sorted by expert. K a multiple of tile_k (256). Where T is no multiple of tile_m, its rows
-        are padded here, which copies its codes.
+      x: (T, K), 4-bit, rows sorted by expert. K a multiple of tile_k (256). Where T is below tile_m or no multiple of
+        8, its rows are padded here, which copies its codes.
       w: (E, N, K), in a format of x's block and scales; N a multiple of tile_n. Scales of both may be "linear" or
         "tcgen05"; arrange those of weights once, when they are loaded.
       group_sizes_E: int32, at most T together: groups end where the rows do.
@@ -166,13 +166,17 @@ def check(
 
 
 def operands(x: BlockScaled, w: BlockScaled, tile_m: int) -> main_loop.Operands:
-    """Returns both operands as tensor cores take them: bitcasts, and rows padded to a multiple of tile_m."""
-    pad = -x.shape[0] % tile_m
-    codes_x, x_scales = x.codes, arranged(x, "tcgen05").scales
-    if pad:
-        codes_x = jnp.pad(codes_x, ((0, pad), (0, 0)))
-        atoms = (x.shape[0] + pad) // 128 - x_scales.shape[0]
-        x_scales = jnp.pad(x_scales, ((0, atoms), (0, 0), (0, 0), (0, 0)))
+    """Returns both operands as tensor cores take them: bitcasts, and rows padded to tile_m or a multiple of 8.
+
+    Copies that reach beyond the last rows bring zeros.
+    """
+    num_rows = x.shape[0]
+    pad = max(tile_m - num_rows, -num_rows % 8)
+    codes_x = jnp.pad(x.codes, ((0, pad), (0, 0))) if pad else x.codes
+    x_scales = arranged(x, "tcgen05").scales
+    missing = -(-num_rows // tile_m) * tile_m // TILE_M - x_scales.shape[0]
+    if missing:
+        x_scales = jnp.pad(x_scales, ((0, missing), (0, 0), (0, 0), (0, 0)))
     scale = main_loop.scale_dtype(w.format)
     return main_loop.Operands(
         _four_bit(codes_x),
@@ -229,6 +233,8 @@ def _copy_rows(buffer, out, block, first_row, rows, columns) -> None:
     """Stores rows first_row .. first_row + rows - 1 of a buffer, as one group of copies of 128, 64, .. 1 rows."""
     row = first_row
     for size in (128, 64, 32, 16, 8, 4, 2, 1):
+        if size > out.shape[0]:
+            continue  # no box of a copy is larger than the array
 
         @pl.when(rows & size != 0)
         def _(row=row, size=size):
@@ -262,6 +268,6 @@ def _zero_the_rest(share, shares, inputs, outputs, scratch, *, tiling) -> None:
 
         lax.fori_loop(0, num_columns // width, zero_columns, None)
 
-    blocks = pl.cdiv(num_rows, TILE_M) - first_block
+    blocks = jnp.where(used < num_rows, pl.cdiv(num_rows, TILE_M) - first_block, 0)
     lax.fori_loop(0, pl.cdiv(jnp.maximum(blocks - share, 0), shares), zero_block, None)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -1,6 +1,6 @@
 """The main loop of block-scaled grouped matmuls on data-centre Blackwell: loads and MMAs, for any epilogue.
 
-Persistent: each CTA (or pair, if collective) takes every num_sms-th tile. Four roles run through the same tiles at
+Persistent: each CTA (or pair, if collective) takes every num_sms-th tile. Three roles run through the same tiles at
 their own pace, a ring of stages and a pair of accumulators between them:
 
     warp 0        TMA: codes and scales of a k-step -> shared memory             waits empty, arrives full
@@ -9,7 +9,7 @@ their own pace, a ring of stages and a pair of accumulators between them:
 
 Nothing drains between tiles. Rows of other experts in a block of 128 are multiplied too and not stored.
 
-T rows padded to tile_m, K contraction axis, N weight rows, E experts, I tiles, C = scales of a row / 4.
+T rows, K contraction axis, N weight rows, E experts, I tiles, C = scales of a row / 4.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ Ref = Any  # Pallas has no public name for it
 _SM, _CTA, _ROLE = "sm", "cta", "role"  # grid, cluster and warpgroup axes
 _TMA_WARP, _MMA_WARP = 0, 1
 _MAIN_WARPGROUP, _EPILOGUE_WARPGROUP = 0, 1
+WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
 class Operands(NamedTuple):
     """What is multiplied, as tensor cores take it; in the kernel, references to it.
 
     Attributes:
-      x_TK: float4_e2m1fn, T a multiple of tile_m.
-      x_scales: float8_e4m3fn or float8_e8m0fnu (T / 128, C, 32, 16).
+      x_TK: float4_e2m1fn, T a multiple of 8 and at least tile_m.
+      x_scales: float8_e4m3fn or float8_e8m0fnu (R, C, 32, 16), those of R * 128 rows, a multiple of tile_m.
       w_ENK: float4_e2m1fn.
       w_scales: as x_scales, (E, ceil(N / 128), C, 32, 16).
     """
@@ -60,6 +61,7 @@ class Tile(NamedTuple):
       first_row: where among them the expert's rows begin.
       rows: how many they are; may be 0 where two CTAs share a tile.
       column: index of the tile along the output's columns.
+      index: of the row tile in the schedule.
     """
 
     expert: Any
@@ -67,6 +69,7 @@ class Tile(NamedTuple):
     first_row: Any
     rows: Any
     column: Any
+    index: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,7 @@ def run(
     name: str,
     interpret: plgpu.InterpretGPUParams | None,
     loop: type[Loop] | None = None,
+    compiler_params: plgpu.CompilerParams = WARPGROUP,
 ) -> tuple[jax.Array, ...]:
     """Launches the kernel; the caller has checked shapes and budgets.
 
@@ -118,6 +122,7 @@ def run(
       name: of the kernel.
       interpret: parameters of interpret mode, or None for a GPU.
       loop: Loop, or one with other tiles and k-steps over the same buffers.
+      compiler_params: Lane semantics, for example, for an epilogue that says which thread holds what.
 
     Returns:
       The epilogue's outputs.
@@ -156,7 +161,7 @@ def run(
         num_threads=2,
         thread_name=_ROLE,
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=compiler_params,
         interpret=interpret,
         **cluster,
     )
@@ -394,7 +399,7 @@ class Loop:
         def _(info):
             shape = (count, self.epilogue.num_columns)
             i, column = plgpu.planar_snake(info.index[0], shape, 0, self.tiling.group_order)
-            body(info.local_index, Tile(*(self.tile_I4[i, field] for field in range(4)), column))
+            body(info.local_index, Tile(*(self.tile_I4[i, field] for field in range(4)), column, i))
 
     def _my_half(self, tile: Tile) -> Tile:
         """Of a tile that two CTAs share, the block and rows of this one."""
