@@ -1,0 +1,490 @@
+"""The feed-forward of experts in 4 bits on data-centre Blackwell: gate, up, SwiGLU and requantization in one kernel.
+
+A tile multiplies its rows with 128 rows of gate and the same 128 of up, two boxes of weights side by side. A thread of
+the epilogue holds a row: it finds the maxima of its blocks itself, and the layer between the two products is written as
+codes. silu(x) = x * (1 / (1 + exp(-x))) in float32: `ex2.approx.ftz` of x * -log2(e), and `rcp.approx.ftz`.
+
+A dynamic global scale of NVFP4 is not possible, since no tile sees a whole row: it comes calibrated, per expert. Scales
+leave the kernel in tiles of their own for each tile of rows, so that experts may share a block of 128 rows; XLA gathers
+them to one tile for each block, an eighth of the bytes of the codes.
+
+Compiled for sm_100 and sm_103 and run in interpret mode; not yet run on hardware.
+
+T rows sorted by expert, D model width, F expert width, E experts, I tiles of rows, L 128 rows of a tile, C = scales of
+a row / 4, W columns of a chunk, B elements of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.formats import FORMATS, BlockScaled, elements, global_scale
+from pallas_kernels.grouped_matmul import mosaic_sm100 as plain
+from pallas_kernels.grouped_matmul import mosaic_sm100_loop as main_loop
+from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul.mosaic_sm100 import Tiling
+from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import TILE_M
+from pallas_kernels.quantize import blocks
+
+__all__ = [
+    "Tiling",
+    "default_tiling",
+    "expert_mlp_codes",
+    "gate_up_swiglu_codes",
+    "gate_up_swiglu_quantized",
+]
+
+TILE_F = 128  # columns of the layer between, of a tile: as many rows of gate and of up
+_FORMATS = ("nvfp4", "mxfp4")
+_CHUNK = 32  # columns that are in registers at a time; 16 bytes of codes
+_LANE = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    approx_math=True,  # of exp alone: the other operations are the same
+)
+
+
+def default_tiling(format: str) -> Tiling:
+    """Returns a tiling of `gate_up_swiglu_codes` and `gate_up_swiglu_quantized` that fits every shape they take."""
+    stages = 3 if FORMATS[format].block == 16 else 4
+    return Tiling(tile_n=2 * TILE_F, accumulators=1, stages=stages)
+
+
+def gate_up_swiglu_codes(
+    x: BlockScaled,
+    gate_up: BlockScaled,
+    group_sizes_E: jax.Array,
+    *,
+    expert_scale_E: jax.Array,
+    row_scale_T: jax.Array | None = None,
+    row_weight_T: jax.Array | None = None,
+    out_dtype: jnp.dtype,
+    tiling: Tiling,
+    num_sms: int,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """Multiplies packed rows with gate and up, and multiplies up with silu of gate; zero beyond the groups.
+
+        hidden[t] = (sum_d (code * scale)(x[t, d]) * (code * scale)(gate_up[e, :, d])) * (expert_scale[e] * row_scale[t])
+        act[t, f] = cast((silu(hidden[t, f]) * hidden[t, F + f]) * row_weight[t])        e = e(t), all in float32
+
+    Args:
+      x: (T, D), as in `mosaic_sm100.grouped_matmul_codes`.
+      gate_up: (E, 2F, D), gate rows first, F a multiple of 128.
+      group_sizes_E: int32.
+      expert_scale_E: float32.
+      row_scale_T: float32, or None for 1.
+      row_weight_T: float32, or None for 1.
+      out_dtype: bfloat16 or float32.
+      tiling: tile_n = 256 and not collective. Stores have rows of 128 bytes whatever epilogue_n.
+      num_sms: streaming multiprocessors to use.
+      interpret: parameters of interpret mode, or None for a GPU.
+
+    Returns:
+      out_dtype (T, F).
+
+    Raises:
+      ValueError: shapes, formats or dtypes that do not go together, or a tiling that does not fit.
+    """
+    out_dtype = jnp.dtype(out_dtype)
+    rows = (row_scale_T, row_weight_T)
+    _check(x, gate_up, group_sizes_E, expert_scale_E, rows, out_dtype, tiling, num_sms)
+    num_rows, width = x.shape[0], gate_up.shape[1] // 2
+    if not num_rows or not width:
+        return jnp.zeros((num_rows, width), out_dtype)
+    buffer = plgpu.SMEM(
+        (2, TILE_M, 128 // out_dtype.itemsize), out_dtype, transforms=(plgpu.SwizzleTransform(128),)
+    )
+    return _run(
+        (x, gate_up, group_sizes_E, expert_scale_E, rows),
+        (jax.ShapeDtypeStruct((num_rows, width), out_dtype),),
+        {"out": buffer},
+        _store_act,
+        (tiling, num_sms, interpret),
+    )[0]
+
+
+def gate_up_swiglu_quantized(
+    x: BlockScaled,
+    gate_up: BlockScaled,
+    group_sizes_E: jax.Array,
+    *,
+    expert_scale_E: jax.Array,
+    row_scale_T: jax.Array | None = None,
+    row_weight_T: jax.Array | None = None,
+    format: str,
+    rule: str | None = None,
+    act_amax_E: jax.Array | None = None,
+    tiling: Tiling,
+    num_sms: int,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> BlockScaled:
+    """As `gate_up_swiglu_codes`, with act quantized from float32 before it leaves the kernel.
+
+        result = formats.quantize(act, format, rule=rule, num_batch_axes=1, global_amax=act_amax[e(t)])
+
+    Args:
+      x, gate_up, group_sizes_E, expert_scale_E, row_scale_T, row_weight_T, tiling, num_sms, interpret: as there.
+      format: "nvfp4" or "mxfp4", whatever the operands are.
+      rule: scale rule; None is the format's first.
+      act_amax_E: float32, calibrated largest magnitude of act for each expert (NVFP4). Blocks above it saturate.
+
+    Returns:
+      BlockScaled (T, F), layout "tcgen05". Beyond the groups codes, scales and global_amax are zero.
+
+    Raises:
+      ValueError: as there; a format or rule that there is not; act_amax_E given or missing where it should not be.
+    """
+    rows = (row_scale_T, row_weight_T)
+    _check(
+        x, gate_up, group_sizes_E, expert_scale_E, rows, jnp.dtype(jnp.bfloat16), tiling, num_sms
+    )
+    rule = _checked_rule(format, rule, act_amax_E, expert_scale_E)
+    num_rows, width = x.shape[0], gate_up.shape[1] // 2
+    schedule = tiles.schedule(group_sizes_E, num_rows, TILE_M)
+    lines = width // (4 * FORMATS[format].block)
+    words = TILE_F // (4 * FORMATS[format].block)
+    codes_TF, word_ICQ4 = _run(
+        (x, gate_up, group_sizes_E, expert_scale_E, rows),
+        (
+            jax.ShapeDtypeStruct((num_rows, width), jnp.float4_e2m1fn),
+            jax.ShapeDtypeStruct((schedule.expert_I.shape[0], lines, 32, 4), jnp.int32),
+        ),
+        {
+            # Twice the rows, so that a tile's first row, wherever it is, lies where a copy may begin.
+            "codes": plgpu.SMEM((2 * TILE_M, TILE_F), jnp.float4_e2m1fn),
+            "words": plgpu.SMEM((words, TILE_M), jnp.int32),
+            "atoms": plgpu.SMEM((words, 32, 4), jnp.int32),
+        },
+        functools.partial(_store_codes, format=format, rule=rule),
+        (tiling, num_sms, interpret),
+        () if act_amax_E is None else (act_amax_E,),
+    )
+    tile_T, amax_T = _tile_of_row(schedule, group_sizes_E, num_rows), None
+    if act_amax_E is not None:
+        amax_T = jnp.where(tile_T >= 0, act_amax_E[schedule.expert_I[tile_T]], jnp.float32(0))
+    pairs = codes_TF.reshape(num_rows, width // 2, 2)
+    return BlockScaled(
+        codes=lax.bitcast_convert_type(pairs, jnp.uint8),
+        scales=_by_block(word_ICQ4, tile_T),
+        global_amax=amax_T,
+        format=format,
+        rule=rule,
+        layout="tcgen05",
+    )
+
+
+def expert_mlp_codes(
+    x: BlockScaled,
+    gate_up: BlockScaled,
+    down: BlockScaled,
+    group_sizes_E: jax.Array,
+    *,
+    gate_up_scale_E: jax.Array,
+    down_scale_E: jax.Array,
+    row_scale_T: jax.Array | None = None,
+    row_weight_T: jax.Array | None = None,
+    act_rule: str | None = None,
+    act_amax_E: jax.Array | None = None,
+    out_dtype: jnp.dtype,
+    tiling: tuple[Tiling, Tiling],
+    num_sms: int,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """y[t] = weight[t] * down(quantize(silu(gate(x[t])) * up(x[t]))); the layer between never leaves 4 bits.
+
+    act is quantized from float32; `quantized.expert_mlp` casts it to the dtype of x first.
+
+    Args:
+      x, gate_up, group_sizes_E, row_scale_T, act_amax_E, num_sms, interpret: as in `gate_up_swiglu_quantized`.
+      down: (E, D, F), of x's kind of block and scales; act is quantized to "nvfp4" or "mxfp4" accordingly.
+      gate_up_scale_E, down_scale_E: float32, global scales of the weights, 1 for MXFP4.
+      row_weight_T: float32, the combine weight of each row, at inference; it multiplies sums of down, before the cast.
+      act_rule: scale rule of act.
+      out_dtype: bfloat16 or float32.
+      tiling: of gate and up, and of down, which may be collective.
+
+    Returns:
+      out_dtype (T, D); zero beyond the groups.
+    """
+    act = gate_up_swiglu_quantized(
+        x,
+        gate_up,
+        group_sizes_E,
+        expert_scale_E=gate_up_scale_E,
+        row_scale_T=row_scale_T,
+        format="nvfp4" if FORMATS[down.format].scale == "e4m3" else "mxfp4",
+        rule=act_rule,
+        act_amax_E=act_amax_E,
+        tiling=tiling[0],
+        num_sms=num_sms,
+        interpret=interpret,
+    )
+    factor_T = global_scale(act)
+    if row_weight_T is not None:
+        factor_T = row_weight_T if factor_T is None else factor_T * row_weight_T
+    return plain.grouped_matmul_codes(
+        act,
+        down,
+        group_sizes_E,
+        expert_scale_E=down_scale_E,
+        row_scale_T=factor_T,
+        out_dtype=out_dtype,
+        tiling=tiling[1],
+        num_sms=num_sms,
+        interpret=interpret,
+    )
+
+
+def _check(x, gate_up, group_sizes_E, expert_scale_E, rows, out_dtype, tiling, num_sms) -> None:
+    if tiling.tile_n != 2 * TILE_F or tiling.collective:
+        raise ValueError(f"needs tile_n = {2 * TILE_F} and collective = False, got {tiling}")
+    if gate_up.ndim == 3 and gate_up.shape[1] % (2 * TILE_F):
+        raise ValueError(
+            f"F must be a multiple of {TILE_F}, got gate_up {gate_up.shape}: pad gate and up when they are loaded"
+        )
+    shared = (x, gate_up, group_sizes_E, expert_scale_E)
+    for row_T in rows:
+        plain.check(*shared, row_T, None, out_dtype, tiling, num_sms)
+
+
+def _checked_rule(format: str, rule: str | None, act_amax_E, expert_scale_E) -> str:
+    if format not in _FORMATS:
+        raise ValueError(f"quantizes to {' or '.join(_FORMATS)}, not to {format!r}")
+    rules = FORMATS[format].rules
+    if rule is not None and rule not in rules:
+        raise ValueError(f"unknown rule {rule!r} for format {format}; allowed: {', '.join(rules)}")
+    if (act_amax_E is None) == (FORMATS[format].scale == "e4m3"):
+        raise ValueError(
+            f"act_amax_E is for NVFP4, which needs it: got {format} and {type(act_amax_E).__name__}"
+        )
+    shape = expert_scale_E.shape
+    if act_amax_E is not None and (act_amax_E.shape != shape or act_amax_E.dtype != jnp.float32):
+        raise ValueError(
+            f"act_amax_E must be float32 {shape}, got {act_amax_E.dtype} {act_amax_E.shape}"
+        )
+    return rules[0] if rule is None else rule
+
+
+def _run(operands, out_type, scratch, store, how, extra=()) -> tuple[jax.Array, ...]:
+    """Launches the main loop with an epilogue over both boxes."""
+    x, gate_up, group_sizes_E, expert_scale_E, rows = operands
+    tiling, num_sms, interpret = how
+    num_rows, width = out_type[0].shape
+    used = jnp.minimum(jnp.sum(group_sizes_E, dtype=jnp.int32), num_rows)
+    inputs = [used.reshape(1), expert_scale_E]
+    inputs += [jnp.pad(row_T, (0, -num_rows % TILE_M)) for row_T in rows if row_T is not None]
+    epilogue = main_loop.Epilogue(
+        inputs=(*inputs, *extra),
+        out_type=out_type,
+        scratch=scratch,
+        num_columns=width // TILE_F,
+        boxes=lambda column: (column * TILE_F, width + column * TILE_F),
+        store=functools.partial(store, given=tuple(row_T is not None for row_T in rows)),
+        finish=_zero_the_rest,
+    )
+    return main_loop.run(
+        plain.operands(x, gate_up, TILE_M),
+        tiles.schedule(group_sizes_E, num_rows, TILE_M),
+        epilogue,
+        tiling,
+        format=gate_up.format,
+        num_sms=num_sms,
+        name=f"gate_up_swiglu_{gate_up.format}",
+        interpret=interpret,
+        compiler_params=_LANE,
+    )
+
+
+def _factors(tile: main_loop.Tile, inputs, given) -> tuple[Any, Any]:
+    """Returns what sums are multiplied with, and act: scalars, or [L, W]; None for 1."""
+    _, expert_scale_E, *optional = inputs
+    factor, weight = expert_scale_E[tile.expert], None
+
+    def load(row_T):
+        here = row_T.at[pl.ds(tile.block * TILE_M, TILE_M)]
+        return plgpu.load(here, layout=blocks.per_line(), optimized=False)
+
+    if given[0]:
+        factor = blocks.spread(load(optional[0]) * factor, _CHUNK)
+    if given[1]:
+        weight = blocks.spread(load(optional[given[0]]), _CHUNK)
+    return factor, weight
+
+
+def _act(acc, chunk: int, factors) -> jax.Array:
+    """Returns 32 columns of act, float32 [L, W], each line in one thread."""
+    factor, weight = factors
+
+    def load(first):
+        sums = acc.at[:, pl.ds(first + chunk * _CHUNK, _CHUNK)]
+        loaded = plgpu.async_load_tmem(sums, layout=plgpu.Layout.TCGEN05_TMEM_NATIVE)
+        return plgpu.layout_cast(loaded, blocks.by_line()) * factor
+
+    gate, up = load(0), load(TILE_F)
+    act = gate * (jnp.float32(1) / (jnp.float32(1) + jnp.exp(-gate))) * up
+    return act if weight is None else act * weight
+
+
+def _store_act(tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, given) -> None:
+    """Stores the expert's rows of act in columns of 128 bytes, from two buffers in turn."""
+    factors = _factors(tile, inputs, given)
+    out = scratch["out"]
+    width = out.shape[2]
+    for chunk in range(TILE_F // _CHUNK):
+        act = _act(acc, chunk, factors)
+        if chunk == TILE_F // _CHUNK - 1:
+            release()
+        turn, within = divmod(chunk * _CHUNK, width)
+        buffer = out.at[turn % 2]
+        if not within:
+            # The copies that read this buffer two turns ago.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        plgpu.store(buffer.at[:, pl.ds(within, _CHUNK)], act.astype(out.dtype), optimized=False)
+        if within + _CHUNK == width:
+            plgpu.commit_smem()
+            columns = pl.ds(tile.column * TILE_F + turn * width, width)
+            plain._copy_rows(buffer, outputs[0], tile.block, tile.first_row, tile.rows, columns)
+
+
+def _store_codes(
+    tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, given, format, rule
+) -> None:
+    """Quantizes a tile, and stores the expert's rows of codes and a whole tile of scales."""
+    factors, nvfp4 = _factors(tile, inputs, given), None
+    if FORMATS[format].scale == "e4m3":
+        amax_L = jnp.full((TILE_M,), inputs[-1][tile.expert])
+        nvfp4 = blocks.nvfp4_factors(plgpu.layout_cast(amax_L, blocks.per_line()))
+    chunks = TILE_F // _CHUNK
+    # Row first_row lies in row 128 of the buffer, so that copies begin at multiples of 128 bytes.
+    lines = pl.ds(TILE_M - tile.first_row, TILE_M)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    word_L, done = None, 0
+    for chunk in range(chunks):
+        act = _act(acc, chunk, factors)
+        if chunk == chunks - 1:
+            release()
+        codes, bytes_L = _quantize(act, format, rule, nvfp4)
+        columns = pl.ds(chunk * _CHUNK, _CHUNK)
+        plgpu.store(scratch["codes"].at[lines, columns], codes, optimized=False)
+        for byte_L in bytes_L:
+            word_L = byte_L if done % 4 == 0 else word_L | byte_L << 8 * (done % 4)
+            done += 1
+            if done % 4 == 0:
+                plgpu.store(scratch["words"].at[done // 4 - 1], word_L, optimized=False)
+    plgpu.commit_smem()
+    _arrange(scratch["words"], scratch["atoms"])
+    plgpu.commit_smem()
+    words = scratch["atoms"].shape[0]
+    plgpu.copy_smem_to_gmem(
+        scratch["atoms"],
+        outputs[1].at[tile.index, pl.ds(tile.column * words, words)],
+        commit_group=False,
+    )
+    columns = pl.ds(tile.column * TILE_F, TILE_F)
+    begin = scratch["codes"].at[pl.ds(TILE_M, TILE_M)]
+    _copy_first_rows(begin, outputs[0], tile.block * TILE_M + tile.first_row, tile.rows, columns)
+
+
+def _quantize(act_LW: jax.Array, format: str, rule: str, nvfp4) -> tuple[jax.Array, list]:
+    """Returns codes of a chunk, float4_e2m1fn [L, W], and the scale byte of each of its blocks, int32 [L]."""
+    values, found = [], []
+    for first in range(0, _CHUNK, FORMATS[format].block):
+        x_LB = act_LW[:, first : first + FORMATS[format].block]
+        largest_L = blocks.largest(x_LB)
+        x_LB = blocks.cleared(x_LB, blocks.is_finite(largest_L))
+        if nvfp4 is not None:
+            byte_L, factor_L = blocks.nvfp4_scale(largest_L, *nvfp4)
+        else:
+            byte_L, exponent_L = blocks.mxfp4_scale(largest_L, rule)
+            factor_L = elements.power_of_two(-exponent_L)
+        values.append(blocks.scaled(x_LB, factor_L))
+        found.append(byte_L)
+    codes = jnp.concatenate(values, axis=1) if len(values) > 1 else values[0]
+    return codes.astype(jnp.float4_e2m1fn), found
+
+
+def _arrange(words, atoms) -> None:
+    """Arranges words of 128 lines, (words, L), as tensor cores read them: (words, 32, 4)."""
+    quarter = plgpu.Layout.TILED(
+        plgpu.Tiling(((32,), (1,))),
+        warp_dims=(plgpu.Replicated(4),),
+        lane_dims=(-2,),
+        vector_dim=-1,
+    )
+    for word in range(words.shape[0]):
+        for q in range(4):
+            word_Q = plgpu.layout_cast(words[word, pl.ds(q * 32, 32)], quarter)
+            plgpu.store(atoms.at[word, :, q], word_Q, optimized=False)
+
+
+def _copy_first_rows(buffer, out, to, rows, columns) -> None:
+    """Stores the first rows of a buffer from row `to` on, as one group of copies of 128, 64, .. 1 rows."""
+    row = 0
+    for size in (128, 64, 32, 16, 8, 4, 2, 1):
+        if size > out.shape[0]:
+            continue  # no box of a copy is larger than the array
+
+        @pl.when(rows & size != 0)
+        def _(row=row, size=size):
+            plgpu.copy_smem_to_gmem(
+                buffer.at[pl.ds(row, size)],
+                out.at[pl.ds(to + row, size), columns],
+                commit_group=False,
+            )
+
+        row = row + (rows & size)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def _zero_the_rest(share, shares, inputs, outputs, scratch) -> None:
+    """Writes zeros into the rows beyond the groups, blocks of 128 rows in turn."""
+    used, out = inputs[0][0], outputs[0]
+    num_rows, num_columns = out.shape
+    buffer = scratch["out"].at[0] if "out" in scratch else scratch["codes"].at[pl.ds(0, TILE_M)]
+    width = buffer.shape[1]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    zero = plgpu.layout_cast(jnp.zeros(buffer.shape, jnp.float32), blocks.by_line())
+    plgpu.store(buffer, zero.astype(out.dtype), optimized=False)
+    plgpu.commit_smem()
+
+    def zero_block(i, _):
+        to = used + (share + i * shares) * TILE_M
+        rows = jnp.minimum(num_rows - to, TILE_M)
+
+        def zero_columns(j, _):
+            _copy_first_rows(buffer, out, to, rows, pl.ds(j * width, width))
+
+        lax.fori_loop(0, num_columns // width, zero_columns, None)
+
+    left = lax.div(num_rows - used + TILE_M - 1, jnp.int32(TILE_M))
+    lax.fori_loop(0, lax.div(jnp.maximum(left - share, 0) + shares - 1, shares), zero_block, None)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _tile_of_row(schedule: tiles.Tiles, group_sizes_E: jax.Array, num_rows: int) -> jax.Array:
+    """Which tile a row is stored from, int32 (T,), -1 beyond the groups."""
+    row_T = jnp.arange(num_rows, dtype=jnp.int32)
+    index_I = jnp.arange(schedule.expert_I.shape[0], dtype=jnp.int32)
+    start_I = schedule.block_I * TILE_M + schedule.first_row_I
+    begun_TI = (start_I[None, :] <= row_T[:, None]) & (index_I < schedule.count)[None, :]
+    tile_T = jnp.sum(begun_TI, axis=1, dtype=jnp.int32) - 1
+    return jnp.where(row_T < jnp.sum(group_sizes_E), tile_T, -1)
+
+
+def _by_block(word_ICQ4: jax.Array, tile_T: jax.Array) -> jax.Array:
+    """Gathers a tile of scales for each block of 128 rows: uint8 (ceil(T / 128), C, 32, 16), zero beyond the groups."""
+    tile_T = jnp.pad(tile_T, (0, -tile_T.shape[0] % TILE_M), constant_values=-1)
+    tile_R1Q4 = tile_T.reshape(-1, 1, 4, 32).swapaxes(2, 3)
+    _, num_lines, *atom = word_ICQ4.shape
+    line, row, quarter = jnp.ogrid[:num_lines, : atom[0], : atom[1]]
+    word_RCQ4 = word_ICQ4[tile_R1Q4, line[None], row[None], quarter[None]]
+    word_RCQ4 = jnp.where(tile_R1Q4 >= 0, word_RCQ4, 0)
+    scales = lax.bitcast_convert_type(word_RCQ4, jnp.uint8)
+    return scales.reshape(*word_RCQ4.shape[:2], 32, 16)
