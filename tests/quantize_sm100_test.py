@@ -24,11 +24,16 @@ from tests.mutants import quantize_sm100 as mutants
 _INTERPRET = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=32)
 
 
-def _rows(seed, num_rows, depth, dtype=jnp.bfloat16):
-    """Rows of many magnitudes, some of whose blocks are zero or far below the rest."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(num_rows, depth)) * 2.0 ** rng.integers(-20, 20, (num_rows, 1))
+def _rows(num_rows, depth, dtype, smallest):
+    """Rows of many magnitudes, with blocks of zeros, ties, blocks far below the rest, and what is not finite."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(num_rows, depth)) * 2.0 ** rng.integers(-10, 10, (num_rows, 1))
     x *= np.repeat(rng.choice([0.0, 1e-7, 1.0, 30.0], (num_rows, depth // 16)), 16, axis=1)
+    x[::5, 17] = np.nan
+    x[1::5, 40:42] = np.inf, -np.inf
+    x[2::5, :32] = [-0.0, 7, -7, 3.5, 5, 2.5, 0.25, -0.75] * 4
+    x[3::5] = np.sign(x[3::5]) * (1 + np.arange(depth) % 3) * smallest
+    x[4::5, 32:64] = 1e-30
     return jnp.asarray(x, jnp.float32).astype(dtype)
 
 
@@ -63,7 +68,9 @@ def _same(got, expected):
 
 
 def _case(num_rows, depth, format, dtype=jnp.bfloat16, *, gather=None, **options):
-    x = _rows(0, num_rows, depth, dtype)
+    # A global amax below 3.2e-35 counts as zero, subnormal ones too. MXFP4's codes of subnormal numbers are exact on a
+    # GPU, but here XLA flushes them.
+    x = _rows(num_rows, depth, dtype, smallest=1e-40 if format == "nvfp4" else 1.2e-38)
     if gather is not None:
         options["token_N"] = jnp.asarray(
             np.random.default_rng(1).integers(0, num_rows, gather), jnp.int32
@@ -82,7 +89,7 @@ def _case(num_rows, depth, format, dtype=jnp.bfloat16, *, gather=None, **options
         # All quarters of a tile and one row of the next; two SMs.
         (_case(129, 512, "nvfp4", tiling=Tiling(8, 2, 1), num_sms=2)),
         # Idle lanes, more slots than a row has steps.
-        (_case(7, 320, "nvfp4", jnp.float32, gather=5, tiling=Tiling(32, 3, 1), given=True)),
+        (_case(9, 320, "nvfp4", jnp.float32, gather=5, tiling=Tiling(32, 3, 1), given=True)),
         # A last step of one line.
         (_case(5, 1088, "nvfp4", jnp.float16, gather=2, hadamard=16, tiling=Tiling(16, 2, 1))),
         (_case(6, 640, "nvfp4", gather=3, draws=True, tiling=Tiling(8, 2, 1))),
@@ -97,38 +104,6 @@ def test_bits(args, options):
     _same(_call(*args, **options), _expected(*args, **options))
 
 
-def _special(dtype):
-    """Blocks and rows that have no ordinary scale."""
-    x = np.array(_rows(4, 12, 128, jnp.float32))
-    x[0, 5], x[1, 17], x[2, 40] = np.nan, np.inf, -np.inf
-    x[3] = np.nan
-    x[4] = 0
-    x[5] = -0.0
-    x[6] = np.where(np.arange(128) % 3, 1e-36, -3e-36)  # global amax below 3.2e-35
-    x[7, :16] = 3e38
-    x[8, :16] = 2.0**-126  # the smallest normal numbers
-    x[9, 32:64] = 1e-30
-    x[10, :32] = 1.0
-    x[10, 32:] = 1.0 * 2.0**-21  # scales that round to 0
-    x[11, :32] = np.float32([7.0, -7.0, 3.5, 5.0, 2.5, 0.25, -0.75, 1.75] * 4)  # ties
-    return jnp.asarray(x).astype(dtype)
-
-
-@pytest.mark.parametrize(
-    "format, dtype, given", [("nvfp4", jnp.float32, False), ("nvfp4", jnp.bfloat16, True),
-                             ("mxfp4", jnp.bfloat16, False)],
-)  # fmt: skip
-def test_special_values(format, dtype, given):
-    x = _special(dtype)
-    if format == "nvfp4":  # below the smallest step, where flushing makes no difference
-        x = x.at[6, 64:].set(jnp.asarray(1e-40, dtype))
-    options = {"amax_N": jnp.full(12, 3.0).at[4].set(0)} if given else {}
-    got = _call(x, format, tiling=Tiling(8, 1, 1), **options)
-    _same(got, _expected(x, format, **options))
-    per_row = 128 // formats.FORMATS[format].block
-    assert int(formats.count_nonfinite(got)) == per_row + (x.dtype != jnp.float16) * 3
-
-
 class Case(NamedTuple):
     """Whether a result is right: of the kernel, and of a copy of its module."""
 
@@ -140,10 +115,10 @@ class Case(NamedTuple):
 def _mutant_case(drawn):
     """A call that several steps, slots and buffers take part in."""
     if drawn:
-        args, options = _case(7, 1152, "mxfp4", gather=3, draws=True, tiling=Tiling(8, 1, 1))
+        args, options = _case(7, 2176, "mxfp4", gather=3, draws=True, tiling=Tiling(16, 1, 1))
     else:
         args, options = _case(4, 2176, "nvfp4", gather=3, tiling=Tiling(32, 2, 1))
-        args = (args[0].at[:, 40].set(jnp.nan).at[0, 64:80].set(1e-30), *args[1:])
+        args = (args[0].at[:, 40].set(jnp.nan).at[:, 64:80].set(1e-30), *args[1:])
     expected = jax.tree.leaves(_expected(*args, **options))
 
     def right(q):

@@ -43,7 +43,7 @@ class _Refs:
       x_g: (T, C, pieces, piece). token_g: (N,) int32. amax_g: (N,) float32, given or found. random_g: as x_g, uint16 of
         N rows.
       codes_g: (N, C, line) E2M1. scales_g: (tiles, C, 32, 4) int32, a word for each line.
-      x_s, random_s: (slots, pieces, L, piece). codes_s: (2, L, line). lines_s: (L,) float32.
+      x_s, random_s: (slots, pieces, L, piece). codes_s: (2, L, line). lines_s: (L,) int32.
       words_s: (steps, L), words as threads hold them. atoms_s: (steps * lanes, rows per quarter, 4), as memory does.
       full: a barrier for each slot.
     """
@@ -222,7 +222,7 @@ def _scratch(plan: Plan) -> dict:
         ),
     }
     if plan.finds_amax:
-        scratch["lines_s"] = plgpu.SMEM((LINES,), jnp.float32)
+        scratch["lines_s"] = plgpu.SMEM((LINES,), jnp.int32)
     if plan.draws:
         scratch["random_s"] = swizzled(jnp.uint16)
     return scratch
@@ -235,12 +235,13 @@ def _kernel(refs: _Refs, plan: Plan, ctas: int) -> None:
     loads = groups * plan.steps
     slots = plan.tiling.slots
 
-    def load(i):
+    def load(warp, i):
         group = cta + lax.div(i, plan.steps) * ctas
-        _load(refs, plan, group, lax.rem(i, plan.steps), lax.rem(i, slots))
+        _load(refs, plan, warp, group, lax.rem(i, plan.steps), lax.rem(i, slots))
 
-    def ahead(i, _):
-        load(i)
+    @plgpu.warp_map
+    def _(warp):
+        lax.fori_loop(0, jnp.minimum(slots, loads), lambda i, _: load(warp, i), None)
 
     def quantize_group(index, _):
         group, first = cta + index * ctas, index * plan.steps
@@ -248,37 +249,40 @@ def _kernel(refs: _Refs, plan: Plan, ctas: int) -> None:
 
         def quantize_step(step, _):
             i = first + step
-            slot = lax.rem(i, slots)
+            slot, buffer = lax.rem(i, slots), lax.rem(i, 2)
             if not plan.finds_amax:
                 plgpu.barrier_wait(refs.full.at[slot])
-            refs.words_s[step] = _quantize_line(refs, plan, slot, lax.rem(i, 2), factors)
+            refs.words_s[step] = _quantize_line(refs, plan, slot, buffer, factors)
             # Copies see the codes that were written, and may write to the slot that was read.
             plgpu.commit_smem()
 
-            @pl.when(i + slots < loads)
-            def _():
-                load(i + slots)
+            @plgpu.warp_map
+            def _(warp):
+                @pl.when(i + slots < loads)
+                def _():
+                    load(warp, i + slots)
 
-            # The codes of the step before have left their buffer, the one that the next step writes to.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            _store_codes(refs, plan, group, step, lax.rem(i, 2))
+                # The codes of the step before have left their buffer, the one that the next step writes to.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                _store_codes(refs, plan, warp, group, step, buffer)
 
         lax.fori_loop(0, plan.steps, quantize_step, None)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         _arrange_scales(refs, plan)
         _store_scales(refs, plan, group)
 
-    lax.fori_loop(0, jnp.minimum(slots, loads), ahead, None)
     lax.fori_loop(0, groups, quantize_group, None)
     _clear_padding(refs, plan, cta, ctas)
     plgpu.wait_smem_to_gmem(0)
+    plgpu.warp_map(lambda warp: plgpu.wait_smem_to_gmem(0))
 
 
-def _load(refs: _Refs, plan: Plan, group, step, slot) -> None:
-    """Begins to load a step's lines, row by row; zeros where there are none."""
+def _load(refs: _Refs, plan: Plan, warp, group, step, slot) -> None:
+    """Begins to load a step's lines of a warp's rows; zeros where there are none."""
     lanes = plan.tiling.lanes
     line, full = pl.ds(step * lanes, lanes), refs.full.at[slot]
-
-    def load(place, _):
+    for within in range(plan.rows_per_quarter):
+        place = warp * plan.rows_per_quarter + within
         row = plan.row(group, place)
         source = row
         if plan.gathers:
@@ -291,8 +295,6 @@ def _load(refs: _Refs, plan: Plan, group, step, slot) -> None:
             if plan.draws:
                 random_g = refs.random_g.at[row, line, piece]
                 plgpu.copy_gmem_to_smem(random_g, refs.random_s.at[to], full)
-
-    lax.fori_loop(0, plan.rows, load, None)
 
 
 def _global_factors(refs: _Refs, plan: Plan, group, first) -> tuple | None:
@@ -328,12 +330,15 @@ def _row_maxima(refs: _Refs, plan: Plan, first) -> list[jax.Array]:
         slot = lax.rem(first + step, plan.tiling.slots)
         plgpu.barrier_wait(refs.full.at[slot])
         for _, x_LB, _ in _blocks_of(refs, plan, slot):
-            largest_L = jnp.maximum(largest_L, blocks.amax(blocks.largest(x_LB)))
+            amax_L = blocks.amax(blocks.largest(x_LB))
+            largest_L = jnp.maximum(largest_L, lax.bitcast_convert_type(amax_L, jnp.int32))
         return largest_L
 
-    zero_L = plgpu.layout_cast(jnp.zeros((LINES,), jnp.float32), blocks.per_line())
+    # As integers, whose order is that of magnitudes, subnormal ones included.
+    zero_L = plgpu.layout_cast(jnp.zeros((LINES,), jnp.int32), blocks.per_line())
     refs.lines_s[...] = lax.fori_loop(0, plan.steps, largest, zero_L)
-    return [jnp.max(_lines_of(refs.lines_s, plan, place), axis=0) for place in range(plan.rows)]
+    found = [jnp.max(_lines_of(refs.lines_s, plan, place), axis=0) for place in range(plan.rows)]
+    return [lax.bitcast_convert_type(bits, jnp.float32) for bits in found]
 
 
 def _quantize_line(refs: _Refs, plan: Plan, slot, buffer, factors) -> jax.Array:
@@ -381,29 +386,28 @@ def _blocks_of(refs: _Refs, plan: Plan, slot):
             number += 1
 
 
-def _store_codes(refs: _Refs, plan: Plan, group, step, buffer) -> None:
-    """Begins to store a step's codes, row by row."""
+def _store_codes(refs: _Refs, plan: Plan, warp, group, step, buffer) -> None:
+    """Begins to store a step's codes of a warp's rows."""
     lanes = plan.tiling.lanes
 
-    def store(place, lines):
-        row = plan.row(group, place)
+    def store(lines):
+        for within in range(plan.rows_per_quarter):
+            place = warp * plan.rows_per_quarter + within
+            row = plan.row(group, place)
 
-        @pl.when(row < plan.num_rows)
-        def _():
-            plgpu.copy_smem_to_gmem(
-                refs.codes_s.at[buffer, pl.ds(place * lanes, lines)],
-                refs.codes_g.at[row, pl.ds(step * lanes, lines)],
-            )
-
-    def store_all(lines):
-        lax.fori_loop(0, plan.rows, lambda place, _: store(place, lines), None)
+            @pl.when(row < plan.num_rows)
+            def _(place=place, row=row):
+                plgpu.copy_smem_to_gmem(
+                    refs.codes_s.at[buffer, pl.ds(place * lanes, lines)],
+                    refs.codes_g.at[row, pl.ds(step * lanes, lines)],
+                )
 
     # A copy of contiguous memory is not cut off at the end of a row: a shorter last step has copies of its own.
     if plan.last_lanes == lanes:
-        store_all(lanes)
+        store(lanes)
         return
-    pl.when(step < plan.steps - 1)(functools.partial(store_all, lanes))
-    pl.when(step == plan.steps - 1)(functools.partial(store_all, plan.last_lanes))
+    pl.when(step < plan.steps - 1)(functools.partial(store, lanes))
+    pl.when(step == plan.steps - 1)(functools.partial(store, plan.last_lanes))
 
 
 def _arrange_scales(refs: _Refs, plan: Plan) -> None:
