@@ -21,6 +21,7 @@ from pallas_kernels.grouped_matmul import (
     api,
     choice,
     expert_windows,
+    fused_experts,
     quantized,
     windows,
     xla_windows,
@@ -114,11 +115,41 @@ def routed_expert_mlp(
         gate_up = quantized.fake_weights(gate_up, precision.gate_up)
         down = quantized.fake_weights(down, precision.down)
         return _fused(x_TD, weight_N, gate_up, down, plan)
-    x_ND = dispatch(x_TD, plan)
-    sizes_E, dtype = plan.group_sizes_E, jnp.dtype(jnp.float32)
-    extras = dict(x_amax=x_amax, key=key, kernels=layers)
-    y_ND = quantized.expert_mlp(backend, x_ND, gate_up, down, sizes_E, precision, dtype, **extras)
-    return combine(y_ND, weight_N, plan, tokens).astype(x_TD.dtype)
+
+    def unfused(x_TD, weight_N, gate_up, down, x_amax, plan):
+        x_ND = dispatch(x_TD, plan)
+        sizes_E, dtype = plan.group_sizes_E, jnp.dtype(jnp.float32)
+        extras = dict(x_amax=x_amax, key=key, kernels=layers)
+        y_ND = quantized.expert_mlp(
+            backend, x_ND, gate_up, down, sizes_E, precision, dtype, **extras
+        )
+        return combine(y_ND, weight_N, plan, tokens).astype(x_TD.dtype)
+
+    if fused_experts.fits(gate_up, down, precision, layers):
+        return _in_kernels(x_TD, weight_N, gate_up, down, x_amax, plan, unfused, precision)
+    return unfused(x_TD, weight_N, gate_up, down, x_amax, plan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _in_kernels(x_TD, weight_N, gate_up, down, x_amax, plan, unfused, precision):
+    """Packed experts in fused kernels; the gradient is that of the unfused composition."""
+    sorted_N = weight_N[plan.assignment_N]
+    arguments = (x_TD, plan.token_N, sorted_N, gate_up, down, plan.group_sizes_E, precision, x_amax)
+    y_ND = fused_experts.rows(*arguments)
+    return _sum_slots(y_ND, None, plan, x_TD.shape[0]).astype(x_TD.dtype)
+
+
+def _in_kernels_forward(*arguments):
+    return _in_kernels(*arguments), arguments[:6]
+
+
+def _in_kernels_backward(unfused, precision, residuals, dy_TD):
+    x_TD, weight_N, *rest = residuals
+    _, back = jax.vjp(lambda x, weight: unfused(x, weight, *rest), x_TD, weight_N)
+    return *back(dy_TD), None, None, None, None
+
+
+_in_kernels.defvjp(_in_kernels_forward, _in_kernels_backward)
 
 
 def make_plan(

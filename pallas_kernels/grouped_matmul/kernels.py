@@ -184,6 +184,11 @@ def is_interpreted() -> bool:
     return _INTERPRET.get() is not None
 
 
+def interpreter() -> Any:
+    """Returns what `interpreted` was given, None outside of it."""
+    return _INTERPRET.get()
+
+
 def _scale(format: str) -> str:
     return formats.FORMATS[format].scale
 
@@ -200,19 +205,21 @@ def _call(
         options |= dict(num_sms=device.num_sms, interpret=_INTERPRET.get())
     x, w, sizes_E = operands
     if kernel == "mosaic_sm100":
-        options |= dict(tiling=_tiling(x, w, out_dtype, device))
+        options |= dict(tiling=tiling_of(x.shape[0], x.format, w, out_dtype, device))
     else:  # a copy of the scales, if they were arranged for the other kernel of this GPU
         w = formats.arranged(w, "linear")
     return module.grouped_matmul_codes(x, w, sizes_E, **options)
 
 
-def _tiling(x, w: formats.BlockScaled, out_dtype: jnp.dtype, device: Device):
-    """The tiling that the roofline is best with, rows shared evenly; its sizes, in the family's default otherwise."""
+def tiling_of(
+    rows: int, format: str, w: formats.BlockScaled, out_dtype: jnp.dtype, device: Device
+) -> Any:
+    """Returns the tiling of `mosaic_sm100` that the roofline is best with, rows shared evenly."""
     from pallas_kernels import roofline, schedules
     from pallas_kernels.grouped_matmul import mosaic_sm100
 
-    sizes_E = roofline.even(x.shape[0], w.shape[0])
-    product = roofline.Product(sizes_E, *w.shape[1:], x.format, w.format, out_dtype.itemsize)
+    sizes_E = roofline.even(rows, w.shape[0])
+    product = roofline.Product(sizes_E, *w.shape[1:], format, w.format, out_dtype.itemsize)
     limits = dataclasses.replace(roofline.B200, num_sms=device.num_sms)
     collective = _INTERPRET.get() is None and device.num_sms > 1
     chosen = schedules.SM100[schedules.choose_sm100(product, limits, collective)]
