@@ -23,20 +23,28 @@ TILINGS = {
 TEMP_BYTES = 64 * 1024
 
 
-def loop_expectations(format: str, tiling: Tiling, *, boxes: int = 1, loads: int | None = None):
+def main_loop(format: str, tiling: Tiling, *, boxes: int = 1, kernel: str = ""):
     """What a main loop must look like: MMAs, copies of scales and loads of one k-step, and nothing of them elsewhere.
 
     Args:
       format: of both operands.
       tiling: of the main loop.
-      boxes: loads that a tile's weights take.
-      loads: if not codes and scales of the rows and of each box.
+      boxes: loads that a tile's weights take; codes and scales are loaded each for itself.
+      kernel: which of the program's.
     """
-    columns = tiling.scale_columns(format) // 4
+    scales = (1 + tiling.tile_n // 128) * tiling.scale_columns(format) // 4
+    mmas = tiling.tile_k // K_PER_MMA
     return (
-        expect.block_scaled_mma(format, tiling.tile_k // K_PER_MMA, ctas=tiling.num_ctas),
-        expect.scale_copies((1 + tiling.tile_n // 128) * columns),
-        expect.tma_loads(2 + 2 * boxes if loads is None else loads),
+        expect.block_scaled_mma(format, mmas, ctas=tiling.num_ctas, kernel=kernel),
+        expect.scale_copies(scales, kernel=kernel),
+        expect.tma_loads(2 + 2 * boxes, kernel=kernel),
+    )
+
+
+def loop_expectations(format: str, tiling: Tiling):
+    """What is expected of a program that is one kernel with this main loop, whatever its epilogue."""
+    return (
+        *main_loop(format, tiling),
         expect.num_kernels(1),
         expect.no_spills,
         expect.within_limits,
