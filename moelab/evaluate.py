@@ -176,6 +176,8 @@ def evaluate(
       precisions: names of quant.recipes; float32 is added where it is missing, and what packs experts is left out of a
         model without any. A run that trained under a recipe gets a row of that recipe, every role as in training.
     """
+    # On one device, whatever the state was trained on.
+    params, router_state = jax.device_put((params, router_state), jax.devices()[0])
     part = dataset.split(split)
     batches = batches_of(config, dataset, split)
     sizes = (len(dataset.domains), config.moe.num_experts)
