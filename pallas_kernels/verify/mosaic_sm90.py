@@ -6,7 +6,8 @@ import functools
 
 import jax.numpy as jnp
 
-from pallas_kernels.aot import Target
+from pallas_kernels import machine_code
+from pallas_kernels.aot import Compiled, Target
 from pallas_kernels.grouped_matmul.mosaic_sm90_tiling import default_tiling
 from pallas_kernels.verify import expect
 from pallas_kernels.verify.case import Case, Family, Program, capability
@@ -16,6 +17,8 @@ OUTPUTS, INPUTS = 2 * HIDDEN, WIDTH
 K_PER_MMA = 16
 # Tokens times experts per token: so many rows of each expert.
 ROWS = {"decode": 4, "few rows": 32, "prefill": 128}
+# Of one thread, for two weights: decoding takes about 8 of them, scales 2 or 3, the rest of a step 1.
+INSTRUCTIONS_PER_PAIR = 13
 
 
 def _build(target: Target, *, format: str, rows: int) -> Program:
@@ -44,6 +47,34 @@ def _build(target: Target, *, format: str, rows: int) -> Program:
     )
 
 
+def _step(compiled: Compiled) -> list[str]:
+    """Returns the names of the instructions of the innermost loop that multiplies."""
+    sass = compiled.kernel().sass
+    found = machine_code.instructions(sass)
+    for start, end in sorted(machine_code.loops(sass), key=lambda loop: loop[1] - loop[0]):
+        step = [name for line, name in found if start <= line <= end]
+        if any(name.startswith("HGMMA") for name in step):
+            return step
+    return []
+
+
+def _one_wait(compiled: Compiled) -> list[str]:
+    """ptxas waits after each product if it takes the way they are issued for unsafe: then nothing runs beside them."""
+    waits = _step(compiled).count("WARPGROUP.DEPBAR.LE")
+    return [] if waits == 1 else [f"{waits} waits for products in a step instead of 1"]
+
+
+def _decoded_cheaply(tile_k: int, compiled: Compiled) -> list[str]:
+    """64 rows of a warpgroup: a thread decodes tile_k / 4 pairs in a step."""
+    count, most = len(_step(compiled)), INSTRUCTIONS_PER_PAIR * tile_k // 4
+    return [] if 0 < count <= most else [f"{count} instructions in a step, expected up to {most}"]
+
+
+def _transposed_by_stmatrix(compiled: Compiled) -> list[str]:
+    found = compiled.kernel().sass_count(r"STSM.*MT88")
+    return [] if found else ["results are not transposed by stmatrix"]
+
+
 def _case(name: str, format: str) -> Case:
     rows = ROWS[name]
     tiling = default_tiling(rows, OUTPUTS, INPUTS, format, jnp.bfloat16)
@@ -62,6 +93,9 @@ def _case(name: str, format: str) -> Case:
                 count=tiling.tile_k // K_PER_MMA,
             ),
             expect.tma_loads(3),
+            _one_wait,
+            functools.partial(_decoded_cheaply, tiling.tile_k),
+            _transposed_by_stmatrix,
             expect.no_spills,
             expect.within_limits,
             expect.memories(shared_at_most=tiling.smem_bytes(format, jnp.bfloat16)),
