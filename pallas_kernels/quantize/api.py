@@ -33,8 +33,9 @@ def quantize_rows(
 
         row n of the result = formats.quantize(block_hadamard(x[token[n]]), format, num_batch_axes=1)
 
-    Every implementation returns the same bits. On a GPU the products of `formats.quantize` under XLA are not yet those
-    bits: XLA divides there to within 2 units in the last place.
+    The kernel returns the bits that `formats.quantize` has on a CPU. On a GPU, "xla" may differ from them in rare codes
+    and scales: XLA has LLVM compile divisions to within 2 units in the last place. And there the sums of "xla" with a
+    transform have the order of the library that multiplies.
 
     >>> q = quantize_rows(jnp.ones((2, 64)), "nvfp4", token_N=jnp.array([1, 0, 1]))
     >>> q.shape, q.scales.shape, q.layout
