@@ -23,28 +23,21 @@ TILINGS = {
 TEMP_BYTES = 64 * 1024
 
 
-def main_loop(format: str, tiling: Tiling, *, boxes: int = 1, kernel: str = ""):
-    """What a main loop must look like: MMAs, copies of scales and loads of one k-step, and nothing of them elsewhere.
+def loop_expectations(format: str, tiling: Tiling, *, boxes: int = 1):
+    """What a program that is one kernel with this main loop must look like, whatever its epilogue.
+
+    MMAs, copies of scales and loads are those of one k-step, and there are none elsewhere.
 
     Args:
       format: of both operands.
       tiling: of the main loop.
       boxes: loads that a tile's weights take; codes and scales are loaded each for itself.
-      kernel: which of the program's.
     """
     scales = (1 + tiling.tile_n // 128) * tiling.scale_columns(format) // 4
-    mmas = tiling.tile_k // K_PER_MMA
     return (
-        expect.block_scaled_mma(format, mmas, ctas=tiling.num_ctas, kernel=kernel),
-        expect.scale_copies(scales, kernel=kernel),
-        expect.tma_loads(2 + 2 * boxes, kernel=kernel),
-    )
-
-
-def loop_expectations(format: str, tiling: Tiling):
-    """What is expected of a program that is one kernel with this main loop, whatever its epilogue."""
-    return (
-        *main_loop(format, tiling),
+        expect.block_scaled_mma(format, tiling.tile_k // K_PER_MMA, ctas=tiling.num_ctas),
+        expect.scale_copies(scales),
+        expect.tma_loads(2 + 2 * boxes),
         expect.num_kernels(1),
         expect.no_spills,
         expect.within_limits,

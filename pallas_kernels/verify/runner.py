@@ -20,7 +20,7 @@ from pallas_kernels.aot import Compiled, Kernel, Target
 from pallas_kernels.verify import expect
 from pallas_kernels.verify.case import Case, families
 
-_CHUNK = 6  # cases of one process: starting one takes as long as compiling one
+_CHUNK = 10  # cases of one process: starting one takes as long as compiling one
 # Architectures whose code is looked at as another's: no disassembler knows sm_107a yet.
 _ALIKE = {"sm_107a": "sm_100a"}
 
