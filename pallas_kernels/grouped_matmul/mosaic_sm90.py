@@ -100,10 +100,11 @@ def grouped_matmul_codes(
     if not num_rows:
         return jnp.zeros((num_rows, num_columns), out_dtype)
     tiles = rows.row_tiles(group_sizes_E, num_rows, tiling.tile_n)
+    used = jnp.minimum(jnp.sum(group_sizes_E, dtype=jnp.int32), num_rows)
     x_PK = rows.aligned(x_TK, group_sizes_E, tiling.tile_n)
     operands = loop.Operands(
         tile_I4=loop.table(tiles),
-        count_1=tiles.count.reshape(1),
+        counts_2=jnp.stack([tiles.count, used]),
         factor_E=expert_scale_E * jnp.float32(1 / decode.FRACTION),
         word_ENC=decode.words(w.codes),
         scale_EBN=_with_dtype(scale_EBN, w.format),
@@ -111,7 +112,7 @@ def grouped_matmul_codes(
         row_scale_T=None if row_scale_T is None else jnp.pad(row_scale_T, (0, tiling.tile_n)),
         bias_EN=None if bias_EN is None else bias_EN.astype(jnp.float32),
     )
-    y_TN = loop.run(
+    return loop.run(
         operands,
         jax.ShapeDtypeStruct((num_rows, num_columns), out_dtype),
         tiling,
@@ -119,10 +120,6 @@ def grouped_matmul_codes(
         num_sms=num_sms,
         interpret=interpret,
     )
-    # What no tile covers is undefined, and may be NaN.
-    used = jnp.minimum(jnp.sum(group_sizes_E, dtype=jnp.int32), num_rows)
-    inside_T = jnp.arange(num_rows, dtype=jnp.int32) < used
-    return jnp.where(inside_T[:, None], y_TN, jnp.zeros((), out_dtype))
 
 
 def _check_operands(x_TK: jax.Array, w: BlockScaled) -> None:

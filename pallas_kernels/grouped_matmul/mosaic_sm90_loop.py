@@ -42,7 +42,7 @@ class Operands:
 
     Attributes:
       tile_I4: int32 (I, 4): the fields of RowTiles.
-      count_1: int32 (1,): how many tiles there are.
+      counts_2: int32 (2,): how many tiles there are, and how many rows of experts.
       factor_E: float32 (E,), of an expert's products.
       word_ENC: uint16 (E, N, K / 4).
       scale_EBN: float8_e4m3fn, or uint8 with E8M0 bits.
@@ -52,7 +52,7 @@ class Operands:
     """
 
     tile_I4: Any
-    count_1: Any
+    counts_2: Any
     factor_E: Any
     word_ENC: Any
     scale_EBN: Any
@@ -80,7 +80,7 @@ def run(
     num_sms: int,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> jax.Array:
-    """Launches the kernel; the caller has checked shapes and budgets. Rows of no tile are left undefined.
+    """Launches the kernel; the caller has checked shapes and budgets.
 
     Args:
       operands: arrays.
@@ -163,7 +163,7 @@ class Roles:
         """Calls visit(steps before this tile, tile) for each of this CTA's."""
         columns = self.data.word_ENC.shape[1] // self.tiling.tile_m
 
-        @plgpu.nd_loop((self.data.count_1[0] * columns,), collective_axes=_SM)
+        @plgpu.nd_loop((self.data.counts_2[0] * columns,), collective_axes=_SM)
         def _(info):
             (index,) = info.index
             # Tiles of one expert's rows follow each other: its weights are in L2 from the first one.
@@ -226,6 +226,7 @@ class Roles:
             self._store(acc_NT, warpgroup, tile)
 
         self._over_tiles(multiply_tile)
+        pl.when(self.data.counts_2[1] < self.out_TN.shape[0])(lambda: self._zero_rest(warpgroup))
         plgpu.wait_smem_to_gmem(0)
 
     def _multiply_stage(self, acc: Ref, warpgroup: jax.Array, before: jax.Array, k, _) -> None:
@@ -273,6 +274,26 @@ class Roles:
         plgpu.store(buffer.transpose((1, 0)), y_NT, optimized=False)
         plgpu.commit_smem()
         _copy_rows(buffer, self.out_TN, tile.row, tile.rows, columns)
+
+    def _zero_rest(self, warpgroup: jax.Array) -> None:
+        """Writes zeros into the rows of nobody, pieces of tile_n rows and 64 columns in turn."""
+        (num_rows, num_columns), height = self.out_TN.shape, self.tiling.tile_n
+        used, buffer = self.data.counts_2[1], self.out.at[warpgroup]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffer[...] = jnp.zeros(buffer.shape, buffer.dtype)
+        plgpu.commit_smem()
+        across = jnp.int32(num_columns // ROWS)
+        shares = lax.axis_size(_SM) * self.tiling.warpgroups
+        share = lax.axis_index(_SM) * self.tiling.warpgroups + warpgroup
+
+        def zero(i, _):
+            piece = share + i * shares
+            row = used + lax.div(piece, across) * height
+            columns = pl.ds(lax.rem(piece, across) * ROWS, ROWS)
+            _copy_rows(buffer, self.out_TN, row, jnp.minimum(num_rows - row, height), columns)
+
+        pieces = pl.cdiv(num_rows - used, height) * across
+        lax.fori_loop(0, pl.cdiv(jnp.maximum(pieces - share, 0), shares), zero, None)
 
     def _loaded(self, ref: Ref, axis: int) -> jax.Array:
         """Loads a vector from global memory in the layout of an accumulator without this axis."""

@@ -39,8 +39,8 @@ LOOP = (
     ),
     Mutant(
         "a result is overwritten while it is stored",
-        "        plgpu.wait_smem_to_gmem(0, wait_read_only=True)\n",
-        "",
+        "plgpu.wait_smem_to_gmem(0, wait_read_only=True)\n        y_NT",
+        "y_NT",
         "race",
     ),
     Mutant(
@@ -66,6 +66,12 @@ LOOP = (
         "pl.when(count & size != 0)",
         "pl.when((count | 8) & size != 0)",
     ),
+    Mutant(
+        "rows of nobody are left as they are",
+        "jnp.minimum(num_rows - row, height)",
+        "jnp.minimum(num_rows - row - 1, height)",
+        "numerics",
+    ),
 )
 
 DECODE = (
@@ -83,19 +89,9 @@ ROWS = (
     ),
 )
 
-CALL = (
-    Mutant(
-        "rows of nobody are left as they are",
-        "return jnp.where(inside_T[:, None], y_TN, jnp.zeros((), out_dtype))",
-        "return y_TN",
-        "numerics",
-    ),
-)
-
 MODULES = {
     "mosaic_sm90_loop": LOOP,
     "mosaic_sm90_decode": DECODE,
     "mosaic_sm90_rows": ROWS,
-    "mosaic_sm90": CALL,
 }
 MUTANTS = tuple((module, mutant) for module, found in MODULES.items() for mutant in found)
