@@ -78,8 +78,8 @@ def _transposed_by_stmatrix(compiled: Compiled) -> list[str]:
 def _case(name: str, format: str) -> Case:
     rows = ROWS[name]
     tiling = default_tiling(rows, OUTPUTS, INPUTS, format, jnp.bfloat16)
-    # In bfloat16: rows in the order that the kernel reads, groups aligned to 8; results before the tail is cleared.
-    passes = 2 * EXPERTS * ((rows + 8) * INPUTS + rows * OUTPUTS)
+    # In bfloat16: rows in the order that the kernel reads, groups aligned to 8.
+    reordered = 2 * EXPERTS * (rows + 7) * INPUTS
     return Case(
         name=name,
         format=format,
@@ -101,7 +101,7 @@ def _case(name: str, format: str) -> Case:
             expect.memories(shared_at_most=tiling.smem_bytes(format, jnp.bfloat16)),
             # The scales of w itself are not read: they come with the weight's rows innermost.
             expect.packed_as_they_are("args[1].codes", "args[2]"),
-            expect.temp_at_most(passes + 64 * 1024),
+            expect.temp_at_most(reordered + 64 * 1024),
         ),
         each_gpu=name == "prefill",
     )
