@@ -71,7 +71,8 @@ def gate_up_swiglu_codes(
 ) -> jax.Array:
     """Multiplies packed rows with gate and up, and multiplies up with silu of gate; zero beyond the groups.
 
-        hidden[t] = (sum_d (code * scale)(x[t, d]) * (code * scale)(gate_up[e, :, d])) * (expert_scale[e] * row_scale[t])
+        hidden[t] = (sum_d (code * scale)(x[t, d]) * (code * scale)(gate_up[e, :, d]))
+                    * (expert_scale[e] * row_scale[t])
         act[t, f] = cast((silu(hidden[t, f]) * hidden[t, F + f]) * row_weight[t])        e = e(t), all in float32
 
     Args:
