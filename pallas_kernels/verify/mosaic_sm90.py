@@ -78,8 +78,8 @@ def _transposed_by_stmatrix(compiled: Compiled) -> list[str]:
 def _case(name: str, format: str) -> Case:
     rows = ROWS[name]
     tiling = default_tiling(rows, OUTPUTS, INPUTS, format, jnp.bfloat16)
-    # In bfloat16: rows in the order that the kernel reads, groups aligned to 8.
-    reordered = 2 * EXPERTS * (rows + 7) * INPUTS
+    # Rows in the order that the kernel reads, in bfloat16, groups aligned to 8, and where each comes from.
+    reordered = EXPERTS * (rows + 7) * (2 * INPUTS + 4)
     return Case(
         name=name,
         format=format,
