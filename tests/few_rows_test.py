@@ -27,7 +27,7 @@ ROWS = 17
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Pieces of 20 output rows, so that the last of three overlaps; two heights, which halves the compilation."""
-    monkeypatch.setattr(few_rows, "_PIECE_BYTES", 20 * 4 * K)
+    monkeypatch.setattr(few_rows, "_PIECE_BYTES", dict.fromkeys((True, False), 20 * 4 * K))
     monkeypatch.setattr(few_rows, "_PIECE_SHARE", 1.0)
     monkeypatch.setattr(few_rows, "_FEWEST", 1)
     monkeypatch.setattr(windows, "_SMALL", (8,))
@@ -121,6 +121,11 @@ def test_decoding_is_exact_for_every_code_and_scale(format):
     # The smallest scales are not flushed: 2^-127 * 6 is no subnormal.
     assert (np.abs(want).max(axis=1) > 0)[1:].all()
     assert scale == "e4m3" or want[0].max() == 6 * 2.0**-127
+    # And so for a single row, which is multiplied while the weight is decoded.
+    single = jax.jit(few_rows.times)
+    for k in (0, 1, 17, 62):
+        got = single(jnp.eye(64)[k : k + 1], w, jnp.int32(0))
+        np.testing.assert_array_equal(np.asarray(got)[0], want[:, k])
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
@@ -212,6 +217,13 @@ def test_one_token(per_token):
         expert_N = jnp.array(chosen, jnp.int32)
         got, want = (run(name, x, expert_N) for name in ("xla_windows", "reference"))
         np.testing.assert_allclose(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize("format, depth", [("nvfp4", 16), ("nvfp4", 48), ("mxfp4", 96)])
+def test_a_single_row_of_few_blocks(format, depth):
+    x, w = draw(0, 1, depth), packed(1, 3, N, depth, format=format)
+    got, want = (product(x, w, (0, 1, 0), name) for name in ("xla_windows", "reference"))
+    np.testing.assert_allclose(got, want, **CLOSE)
 
 
 def test_inside_shard_map():

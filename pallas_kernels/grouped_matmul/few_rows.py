@@ -6,13 +6,17 @@ rows at a time, into a buffer that stays in the cache: no expert exists in float
 and builds no float32 subnormals; only sums are rounded, in another order than the reference's.
 
 The two codes of a byte are decoded into two arrays, and the input is split alike, into even and odd columns:
-interleaving them again costs more than the product.
+interleaving them again costs more than the product. A single row is multiplied while its weights are decoded.
 
 E experts, N output axis, K contraction axis, H = K / 2 bytes of a row, J blocks of a row, C = H / J bytes of a block,
-B output rows of a piece, R rows of a window, D model width, F expert width, G = 2F.
+S shares of a row's blocks, P partial sums of a row, B output rows of a piece, R rows of a window, D model width,
+F expert width, G = 2F.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +27,7 @@ from pallas_kernels.formats import elements
 from pallas_kernels.grouped_matmul import windows
 from pallas_kernels.grouped_matmul.precision import Weight
 
-_PIECE_BYTES = 2**20  # of a decoded piece
+_PIECE_BYTES = {True: 2**21, False: 2**20}  # of a piece in float32, packed or not
 _PIECE_SHARE = 1 / 32  # of the float32 weights of all experts, at most
 _FEWEST = 64  # output rows of a piece: below, starting a product costs more than computing it
 
@@ -67,14 +71,12 @@ def _turned(a: jax.Array) -> jax.Array:
 
 def _product(w: Weight, expert: jax.Array, x_KR: jax.Array) -> jax.Array:
     """w[expert] x, (N, R)."""
-    if not isinstance(w, formats.BlockScaled):
-        piece = _plain_piece
-    elif formats.FORMATS[w.format].element is formats.E2M1 and w.layout == "linear":
-        piece = _packed_piece
-    else:  # other scales are not cut by rows
-        w, expert, piece = windows.expert_weight(w, expert)[None], jnp.int32(0), _plain_piece
-    num_experts, width, depth = w.shape
-    rows = _rows_of_a_piece(num_experts, width, depth)
+    packed = isinstance(w, formats.BlockScaled)
+    if packed and not _is_cut_by_rows(w):
+        w, expert, packed = windows.expert_weight(w, expert)[None], jnp.int32(0), False
+    piece = _packed_piece if packed else _plain_piece
+    width, columns = w.shape[1], x_KR.shape[1]
+    rows = _rows_of_a_piece(w.shape, packed, columns)
     if rows == width:
         return piece(w, expert, 0, rows, x_KR)
 
@@ -88,10 +90,21 @@ def _product(w: Weight, expert: jax.Array, x_KR: jax.Array) -> jax.Array:
     return lax.fori_loop(0, -(-width // rows), step, y_NR)
 
 
-def _rows_of_a_piece(num_experts: int, width: int, depth: int) -> int:
-    in_cache = _PIECE_BYTES // (4 * max(depth, 1))
-    share = int(num_experts * width * _PIECE_SHARE)
-    return min(width, max(_FEWEST, min(in_cache, share)))
+def _is_cut_by_rows(w: formats.BlockScaled) -> bool:
+    """Whether any rows of a weight are decoded alone: not so where rows share a scale, or scales lie in tiles."""
+    return formats.FORMATS[w.format].element is formats.E2M1 and w.layout == "linear"
+
+
+def _rows_of_a_piece(shape: tuple[int, int, int], packed: bool, columns: int) -> int:
+    """Output rows to compute at a time; fewer than all of them where a loop is faster than what it repeats.
+
+    That is so for plain weights. And XLA compiles a loop around a product with one vector into one function, which
+    decodes in a quarter of the time that it takes outside: but a loop of one piece is no loop.
+    """
+    num_experts, width, depth = shape
+    in_cache = _PIECE_BYTES[packed] // (4 * max(depth, 1))
+    rows = min(width, max(_FEWEST, min(in_cache, int(num_experts * width * _PIECE_SHARE))))
+    return rows if packed and columns > 1 else min(rows, -(-width // 2))
 
 
 def _plain_piece(w_ENK, expert, start, rows: int, x_KR):
@@ -101,20 +114,57 @@ def _plain_piece(w_ENK, expert, start, rows: int, x_KR):
 def _packed_piece(w: formats.BlockScaled, expert, start, rows: int, x_KR):
     byte_BH = _cut(w.codes, expert, start, rows).astype(jnp.uint16)
     scale_BJ = _cut(w.scales, expert, start, rows)
-    byte_BJC = byte_BH.reshape(*scale_BJ.shape, byte_BH.shape[1] // max(scale_BJ.shape[1], 1))
-    low = (byte_BJC & 0x07) << 9 | (byte_BJC & 0x08) << 12
-    high = (byte_BJC & 0x70) << 5 | (byte_BJC & 0x80) << 8
+    # Once for a block, not for each of its codes.
     factors = lax.optimization_barrier(_factors(scale_BJ, formats.FORMATS[w.format]))
-
-    def values(half_BJC):
-        value = lax.bitcast_convert_type(half_BJC, jnp.float16).astype(jnp.float32)
-        for factor_BJ in factors:
-            value = value * factor_BJ[:, :, None]
-        return value.reshape(byte_BH.shape)
-
-    low_BH, high_BH = lax.optimization_barrier((values(low), values(high)))
-    y_BR = low_BH @ x_KR[0::2] + high_BH @ x_KR[1::2]
+    product = _row_product if x_KR.shape[1] == 1 else _rows_product
+    y_BR = product(byte_BH, factors, x_KR)
     return y_BR if w.global_amax is None else y_BR * _step(w, expert)
+
+
+def _rows_product(byte_BH: jax.Array, factors: tuple[jax.Array, ...], x_KR: jax.Array) -> jax.Array:
+    """Decodes both halves, and multiplies."""
+    shape_BJC = (*factors[0].shape, byte_BH.shape[1] // max(factors[0].shape[1], 1))
+
+    def decoded(half_BJC):
+        return _scaled(half_BJC, factors).reshape(byte_BH.shape)
+
+    low_BH, high_BH = map(decoded, _halves(byte_BH.reshape(shape_BJC)))
+    low_BH, high_BH = lax.optimization_barrier((low_BH, high_BH))
+    return low_BH @ x_KR[0::2] + high_BH @ x_KR[1::2]
+
+
+def _row_product(byte_BH: jax.Array, factors: tuple[jax.Array, ...], x_K1: jax.Array) -> jax.Array:
+    """Multiplies while decoding: of a row's products only partial sums are written, an eighth as many as weights."""
+    blocks = factors[0].shape[1]
+    shares = next(n for n in (4, 2, 1) if blocks % n == 0)
+    rest = (shares, blocks // shares, byte_BH.shape[1] // max(blocks, 1))
+    byte_BSJC = byte_BH.reshape(byte_BH.shape[0], *rest)
+    factors_BSJ = [factor.reshape(-1, *rest[:2]) for factor in factors]
+    even_SJC, odd_SJC = (x_K1[first::2, 0].reshape(rest) for first in (0, 1))
+
+    def partial(share):
+        low_BJC, high_BJC = _halves(byte_BSJC[:, share])
+        sums_BJC = low_BJC * even_SJC[None, share] + high_BJC * odd_SJC[None, share]
+        return _scaled(sums_BJC, [factor[:, share] for factor in factors_BSJ])
+
+    sums_BJC = functools.reduce(jnp.add, map(partial, range(shares)))
+    sums_BP = lax.optimization_barrier(sums_BJC.reshape(sums_BJC.shape[0], -1))
+    # The sum of a row, by a product: XLA adds up in sequence.
+    return sums_BP @ jnp.ones((sums_BP.shape[1], 1))
+
+
+def _halves(byte: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Float32 values of the low and the high codes of uint16 bytes, times 2^-14."""
+    low = (byte & 0x07) << 9 | (byte & 0x08) << 12
+    high = (byte & 0x70) << 5 | (byte & 0x80) << 8
+    as_float = lambda bits: lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)  # noqa: E731
+    return as_float(low), as_float(high)
+
+
+def _scaled(value_BJC: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
+    for factor_BJ in factors:
+        value_BJC = value_BJC * factor_BJ[:, :, None]
+    return value_BJC
 
 
 def _cut(a: jax.Array, expert: jax.Array, start: jax.Array | int, rows: int) -> jax.Array:

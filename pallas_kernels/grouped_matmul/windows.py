@@ -22,7 +22,7 @@ from pallas_kernels.grouped_matmul.precision import Weight
 # In sixteenths of the mean rows per expert: fine where balanced routing puts most experts, coarse elsewhere. Each
 # height is compiled separately, so there are few.
 _SIXTEENTHS = (4, 8, 11, 13, 15, 16, 17, 19, 24, 32)
-_SMALL = (8, 32, 128, 256)
+_SMALL = (8, 16, 32, 64, 128, 256)
 _SINGLE = 4  # mean rows up to which a row alone is worth a height of its own
 
 
@@ -45,13 +45,14 @@ class Windows(NamedTuple):
 def heights(num_rows: int, num_experts: int) -> tuple[int, ...]:
     """Returns the static window heights for N rows over E experts, ascending; the last one bounds the overrun.
 
-    With few rows, 8 times the mean is high enough: however uneven the experts are, that makes at most E / 8 windows
-    more than one for each, and higher ones would cost memory and compilation.
+    With few rows they are from half the mean to 4 times the mean (or to 256). However uneven the experts are, that
+    makes at most E / 4 windows more than one for each; other heights would cost memory and compilation.
     """
     mean = num_rows / num_experts
     if few(num_rows, num_experts):
-        candidates = (1, *_SMALL) if mean <= _SINGLE else _SMALL
-        enough = min(num_rows, 8 * mean)
+        candidates = tuple(height for height in _SMALL if height >= mean / 2)
+        candidates = (1, *candidates) if mean <= _SINGLE else candidates
+        enough = min(num_rows, 4 * mean)
     else:
         unit = min(64, 8 * -(-int(mean) // 128))
         candidates = tuple(unit * sixteenths for sixteenths in _SIXTEENTHS)
