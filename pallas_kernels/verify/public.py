@@ -1,4 +1,4 @@
-"""Cases of the public functions: which kernel they take on each GPU, inside jit, and that it compiles there."""
+"""Cases of the public functions: which kernels they take on each GPU, and that packed weights reach these unread."""
 
 from __future__ import annotations
 
