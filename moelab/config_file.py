@@ -101,6 +101,7 @@ def _near(text: str) -> str:
     if "/" in text or text.endswith(".py"):
         known = {str(path): str(path) for path in sorted(Path(text).parent.glob("*.py"))}
         known |= {f"experiments/{name}.py": str(path) for name, path in files()}
+        known |= {name: name for name, _ in files()}
     else:
         whole = [name for name, _ in files()]
         known = {name: name for name in [*whole, *(name.rpartition("/")[2] for name in whole)]}

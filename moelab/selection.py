@@ -27,7 +27,12 @@ def top_k(rank_TC: jax.Array, k: int) -> jax.Array:
     Args:
       rank_TC: (T, C) float.
       k: 1 to C.
+
+    Raises:
+      ValueError: any other k.
     """
+    if not 1 <= k <= rank_TC.shape[1]:
+        raise ValueError(f"k must be from 1 to the {rank_TC.shape[1]} columns, got {k}")
     rank_TC = lax.stop_gradient(rank_TC)
     rows = rank_TC.shape[0]
     if rows < _FEWEST_ROWS or k > _MOST_SLOTS or rank_TC.dtype != jnp.float32:

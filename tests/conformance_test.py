@@ -164,7 +164,9 @@ def test_mechanism_conformance(kind, index):
             wanted = paper.loss(plain_aux(router, routed), written, plain_state)
             got = float(mechanism.loss(routed, state, router))
             assert got == pytest.approx(wanted, rel=2e-4, abs=1e-6)
+    assert hasattr(paper, "loss") == bool(mechanism.has_loss), "the loss is not transcribed"
     if not hasattr(paper, "update"):
+        assert not state, "it has a state, and the transcription does not move it"
         return
     for _ in range(2):  # the second time from a state that is not the first
         total = summed([mechanism.observe(r, state, router) for r in batches])

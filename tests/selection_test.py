@@ -61,3 +61,9 @@ def test_select_twice_differentiable():
     value, column = jnp.array([[1.0, 2.0]]), jnp.array([[1]])
     hessian = jax.hessian(lambda v: jnp.sum(scores.select(v, column) ** 2))(value)
     assert np.asarray(hessian).reshape(2, 2).tolist() == [[0.0, 0.0], [0.0, 2.0]]
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_k_beyond_the_columns_is_refused(k):
+    with pytest.raises(ValueError, match=f"from 1 to the 4 columns, got {k}"):
+        selection.top_k(jnp.zeros((512, 4)), k)

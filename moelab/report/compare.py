@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from moelab.report import canvas, page, plots, statistics, tables
+from moelab.report import canvas, facts, page, plots, statistics, tables
 from moelab.report import formatting as fmt
 from moelab.report import html as run_page
 from moelab.report.runs import REFERENCE, Run, check_comparable
@@ -36,8 +36,8 @@ def compare_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Lists the unrounded numbers of the comparison, one dict per run.
 
     Returns:
-      Dicts with run, seed, total and active parameters, tokens, float32 bits per byte per domain, and the paired
-      difference in bits per byte from the first run with its bounds. None: not measured.
+      Dicts with run, seed, leak (why it is not causal, or empty), total and active parameters, tokens, float32 bits
+      per byte per domain, and the paired difference from the first run with its bounds. None: not measured.
 
     Raises:
       ReportError: the runs cannot be compared.
@@ -48,7 +48,7 @@ def compare_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         card, bits = run.card, (run.reference or {}).get("bits_per_byte") or {}
         difference = _difference(runs[0], run)
         rows.append(
-            {"run": name, "seed": card["seeds"].get("seed")}
+            {"run": name, "seed": card["seeds"].get("seed"), "leak": card.get("leak") or ""}
             | {"config_sha256": card["config_sha256"]}
             | {f"parameters.{k}": card["parameters"].get(k) for k in ("total", "active")}
             | {"tokens": card["training"].get("tokens")}
@@ -78,7 +78,11 @@ def compare_table(runs: Sequence[Run]) -> Table:
         total, active = row["parameters.total"], row["parameters.active"]
         body.append(
             (
-                Cell(row["run"], row["run"], detail=f"config {row['config_sha256'][:12]}"),
+                Cell(
+                    row["run"] + (" (not causal)" if row["leak"] else ""),
+                    row["run"],
+                    detail=f"config {row['config_sha256'][:12]}",
+                ),
                 Cell(str(row["seed"]), fmt.number(row["seed"])),
                 Cell(fmt.compact(total), fmt.number(total), detail=f"{fmt.compact(active)} active"),
                 Cell(fmt.compact(row["tokens"]), fmt.number(row["tokens"])),
@@ -120,6 +124,8 @@ def render_markdown(runs: Sequence[Run]) -> str:
         f"{TITLE}. {SEEDS}\n",
         tables.to_markdown(compare_table(runs)),
     ]
+    for name, run in zip(names(runs), runs, strict=True):
+        parts += [f"- **{name}**: {note}" for note in facts.warnings(run)]
     differing = config_table(runs)
     if differing is not None:
         parts += ["## Config fields that differ\n", tables.to_markdown(differing)]
@@ -133,7 +139,7 @@ def render_html(runs: Sequence[Run]) -> str:
     labels = names(runs)
     body = [page.header("Comparison of runs", "moelab report", labels)]
     for name, run in zip(labels, runs, strict=True):
-        body += [page.notice(f"{name}: {note}") for note in run.notes]
+        body += [page.notice(f"{name}: {note}") for note in facts.warnings(run)]
     if not canvas.available():
         body.append(page.notice(run_page.NO_PLOTS))
     body.append(page.section("Runs", page.paragraph(SEEDS), page.table(compare_table(runs))))
