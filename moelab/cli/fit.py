@@ -15,7 +15,7 @@ _GIB = 2**30
 def fit(args: argparse.Namespace) -> int:
     """Prints what one device needs; exit code 1 if it does not fit or is not packed as it should be."""
     if not args.config:
-        raise UserError("'moelab kernels fit' needs --config=FILE, such as serving/packed:olmoe")
+        raise UserError("'moelab kernels fit' needs --config=FILE, such as serving/packed")
     environment.prepare()
     from moelab import config as config_lib
     from moelab import fit as fit_lib
