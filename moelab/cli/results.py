@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from moelab import environment
 from moelab.cli import output
 from moelab.errors import UserError
 
 
 def report(args: argparse.Namespace) -> int:
     """Writes a report, or prints the result tables where no file is asked for."""
+    environment.prepare()
     from moelab import report as reports
 
     if args.out:
@@ -32,6 +34,7 @@ def report(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Prints each way in which a card and its files disagree; exit code 1 if there is one."""
+    environment.prepare()
     from moelab.report.verify import verify as problems_of
 
     if not Path(args.run).exists():
