@@ -6,9 +6,9 @@ All programs of a line run in one process, interleaved. Three operations, each w
 matmul (gate and up) and the feed-forward, with exactly r rows for each of the E experts, and the routed layer of
 T = r E / k tokens with k random experts each; and the routed layer of one token, which is what generation runs.
 "float32" is the same code with float32 weights. "best" is the fastest of that and of float32 products written by hand
-for groups of exactly r rows (both layouts of the weights, an expert at a time or gathered into a batch). Ratios are
-medians over rounds of packed / float32 in one round; beside them the ratio of the fastest times. Memory is packed
-weights and temporaries over the bytes of the float32 weights.
+for groups of exactly r rows (both layouts of the weights, an expert at a time or gathered into a batch); for one token
+those neither sort nor combine. Ratios are medians over rounds of packed / float32 in one round; beside them the ratio
+of the fastest times. Memory is packed weights and temporaries over the bytes of the float32 weights.
 
 Bars: 3 at one row and 1.5 at eight against float32; 1.1 at one row against the best; memory 0.2.
 

@@ -11,7 +11,11 @@ import jax
 
 
 def interleaved(
-    calls: Mapping[Hashable, Callable[[], Any]], repeats: int, warm_ups: int = 1
+    calls: Mapping[Hashable, Callable[[], Any]],
+    repeats: int,
+    warm_ups: int = 1,
+    *,
+    settled: bool = False,
 ) -> dict[Any, list[float]]:
     """Runs every call once a round, in order, and waits for what it returns.
 
@@ -19,6 +23,8 @@ def interleaved(
       calls: name -> call.
       repeats: rounds that count, at least 1.
       warm_ups: rounds before them, which compile and touch memory.
+      settled: run every call once more, untimed, just before its time is taken: a long call before it would otherwise
+        have emptied the caches.
 
     Returns:
       name -> seconds of each round that counts.
@@ -28,6 +34,8 @@ def interleaved(
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + warm_ups):
         for name, call in calls.items():
+            if settled:
+                jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
             if repeat >= warm_ups:

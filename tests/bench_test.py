@@ -38,6 +38,9 @@ def test_calls_take_turns_and_warm_ups_do_not_count():
     seconds = timing.interleaved(calls, repeats=2, warm_ups=1)
     assert order == list("ababab")
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+    order.clear()
+    seconds = timing.interleaved(calls, repeats=1, warm_ups=0, settled=True)
+    assert order == list("aabb") and len(seconds["a"]) == 1
     with pytest.raises(ValueError, match="at least 1, got 0"):
         timing.interleaved(calls, repeats=0)
 
