@@ -16,6 +16,7 @@ a row / 4, W columns of a chunk, B elements of a block.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -52,8 +53,7 @@ _LANE = plgpu.CompilerParams(
 
 def default_tiling(format: str) -> Tiling:
     """Returns a tiling of `gate_up_swiglu_codes` and `gate_up_swiglu_quantized` that fits every shape they take."""
-    stages = 3 if FORMATS[format].block == 16 else 4
-    return Tiling(tile_n=2 * TILE_F, accumulators=1, stages=stages)
+    return Tiling(tile_n=2 * TILE_F, accumulators=1, stages=3)
 
 
 def gate_up_swiglu_codes(
@@ -253,6 +253,9 @@ def _check(x, gate_up, group_sizes_E, expert_scale_E, rows, out_dtype, tiling, n
     shared = (x, gate_up, group_sizes_E, expert_scale_E)
     for row_T in rows:
         plain.check(*shared, row_T, None, out_dtype, tiling, num_sms)
+    # 128 bytes of every row in each of two buffers, whatever leaves; 2 KiB more than codes and their scales need.
+    stored = dataclasses.replace(tiling, epilogue_n=_CHUNK)
+    stored.check_budgets(gate_up.format, jnp.dtype(jnp.float32))
 
 
 def _checked_rule(format: str, rule: str | None, act_amax_E, expert_scale_E) -> str:
