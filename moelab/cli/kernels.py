@@ -136,7 +136,8 @@ def listing(args: argparse.Namespace) -> int:
         output.print_json(found)
         return 0
     columns = ("kernel", "what", "formats", "interpret mode shows", "compiled for", "hardware")
-    output.print_table(columns, [tuple(v for k, v in row.items() if k != "cases") for row in found])
+    shown = [tuple(v or None for k, v in row.items() if k != "cases") for row in found]
+    output.print_table(columns, shown)
     return 0
 
 
