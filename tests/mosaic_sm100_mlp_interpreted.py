@@ -1,0 +1,200 @@
+"""The fused FP4 feed-forward of data-centre Blackwell in interpret mode, with races: hardware layouts are not seen.
+
+`mosaic_sm100_mlp_test` runs this file, with PJRT_NPROC=8.
+
+T rows sorted by expert, D model width, F expert width, E experts.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import formats, private_jax
+from pallas_kernels.grouped_matmul import mosaic_sm100_mlp as mlp
+from pallas_kernels.grouped_matmul import reference
+from tests.mutants import mosaic_sm100_mlp as mutants
+from tests.mutants import mutated
+
+# Few pseudo-threads stand for asynchronous copies: where two share one, a race between them goes unseen.
+_HOW = {
+    "num_sms": 1,
+    "interpret": plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=32),
+}
+_TILING = mlp.Tiling(tile_n=256, accumulators=1, stages=2)
+_DOWN = mlp.Tiling(stages=2, epilogue_n=64)
+_AMAX = (9.0, 1.0, 30.0)  # of act for each expert: some blocks saturate
+
+
+@functools.cache
+def _problem(format, sizes=(19, 0, 14), num_rows=40, hidden=256, depth=256):
+    """Operands, the scales that the format leaves to the epilogue, and act in float32 as the reference has it."""
+    rng = np.random.default_rng(0)
+    x_TD = jnp.asarray(rng.normal(size=(num_rows, depth)), jnp.float32).at[3, 7].set(jnp.nan)
+    w_EGD = jnp.asarray(rng.normal(size=(len(sizes), 2 * hidden, depth)) / 8, jnp.float32)
+    x, w = formats.quantize(x_TD, format, num_batch_axes=1), formats.quantize(w_EGD, format)
+    scale_E = formats.global_scale(w)
+    scales = {
+        "expert_scale_E": jnp.ones(len(sizes)) if scale_E is None else scale_E,
+        "row_scale_T": formats.global_scale(x),
+    }
+    sizes_E = jnp.asarray(sizes, jnp.int32)
+    hidden_TG = reference.grouped_matmul(formats.dequantize(x), w, sizes_E, None, None, jnp.float32)
+    return (x, w, sizes_E), scales, np.asarray(reference.swiglu(hidden_TG))
+
+
+@functools.cache
+def _act(format, out_dtype=jnp.float32, weighted=False, **problem):
+    operands, scales, expected = _problem(format, **problem)
+    weight_T = jnp.linspace(0.25, 1.5, len(expected)) if weighted else None
+    call = functools.partial(mlp.gate_up_swiglu_codes, out_dtype=out_dtype, tiling=_TILING, **_HOW)
+    got = jax.jit(lambda operands, weight_T: call(*operands, row_weight_T=weight_T, **scales))(
+        operands, weight_T
+    )
+    if weighted:
+        expected = expected * np.asarray(weight_T)[:, None]
+    return got, expected
+
+
+def _amax(format):
+    return jnp.asarray(_AMAX) if format == "nvfp4" else None
+
+
+@functools.cache
+def _compiled(format, rule=None, module=mlp, **problem):
+    operands, scales, _ = _problem(format, **problem)
+
+    def call(operands, scales, amax_E):
+        return module.gate_up_swiglu_quantized(
+            *operands,
+            format=format,
+            rule=rule,
+            act_amax_E=amax_E,
+            tiling=_TILING,
+            **scales,
+            **_HOW,
+        )
+
+    arguments = operands, scales, _amax(format)
+    compiled = jax.jit(call).lower(*arguments).compile()
+    return lambda: compiled(*arguments)
+
+
+@pytest.mark.parametrize(
+    "format, out_dtype, weighted, tolerance",
+    [
+        # Sums of 256 products in another order, and an exponential: a few units in the last place.
+        ("nvfp4", jnp.float32, False, 4e-6),
+        # Half a unit in the last place of bfloat16.
+        ("mxfp4", jnp.bfloat16, True, 2**-8),
+    ],
+)
+def test_act(format, out_dtype, weighted, tolerance):
+    got, expected = _act(format, out_dtype, weighted)
+    got = np.asarray(got, np.float32)
+    assert np.isnan(got[3]).all() and np.isnan(expected[3]).all()
+    got, expected = (np.delete(a, 3, axis=0) for a in (got, expected))
+    assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+    assert not got[32:].any() and got[:32].any(axis=1).all()
+
+
+# A block of 128 rows that two experts share; and one that three do, one of them without rows.
+_WIDE = dict(sizes=(127, 0, 4), num_rows=137, hidden=128)
+
+
+@pytest.mark.parametrize(
+    "format, rule, problem", [("nvfp4", None, {}), ("mxfp4", "floor", {}), ("mxfp4", None, _WIDE)]
+)
+def test_codes_are_those_of_the_format(format, rule, problem):
+    """Bit for bit what `formats` makes of the act that the kernel computes, NaN included."""
+    problem = {k: tuple(v) if isinstance(v, tuple) else v for k, v in problem.items()}
+    act_TF, _ = _act(format, **problem)
+    q = _compiled(format, rule, **problem)()
+    sizes = np.asarray(_problem(format, **problem)[0][2])
+    inside_T = np.arange(len(act_TF)) < sizes.sum()
+    amax_T = None
+    if format == "nvfp4":
+        amax_T = np.zeros(len(act_TF), np.float32)
+        amax_T[inside_T] = np.repeat(_AMAX, sizes)
+    wanted = formats.quantize(act_TF, format, rule=rule, num_batch_axes=1, global_amax=amax_T)
+    wanted = formats.arranged(wanted, "tcgen05")
+    assert (q.shape, q.format, q.rule, q.layout) == (act_TF.shape, format, wanted.rule, "tcgen05")
+    for got, want in zip(jax.tree.leaves(q), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert len(np.unique(formats.unpack(q.codes))) > 12
+
+
+def test_expert_mlp():
+    """y = weight * down(act), cast once. Codes of act are made from float32; the library casts it to x.dtype first."""
+    (x, gate_up, sizes_E), scales, _ = _problem("nvfp4")
+    num_rows, hidden = x.shape[0], gate_up.shape[1] // 2
+    down_EDF = jax.random.normal(jax.random.key(1), (3, 128, hidden))
+    down = formats.quantize(down_EDF, "nvfp4")
+    weight_T = jnp.linspace(0.25, 1.5, num_rows)
+    call = functools.partial(
+        mlp.expert_mlp_codes, out_dtype=jnp.bfloat16, tiling=(_TILING, _DOWN), **_HOW
+    )
+    got = jax.jit(call)(
+        *(x, gate_up, down, sizes_E),
+        gate_up_scale_E=scales["expert_scale_E"],
+        down_scale_E=formats.global_scale(down),
+        row_scale_T=scales["row_scale_T"],
+        row_weight_T=weight_T,
+        act_amax_E=_amax("nvfp4"),
+    )
+    act_TF = formats.dequantize(_compiled("nvfp4")())
+    y_TD = reference.grouped_matmul(act_TF, down, sizes_E, None, weight_T, jnp.float32)
+    got, y_TD = (np.delete(np.asarray(a, np.float32), 3, axis=0) for a in (got, y_TD))
+    # One rounding to bfloat16 of sums in another order.
+    assert np.all(np.abs(got - y_TD) <= 2**-8 * np.abs(y_TD) + 4e-6 * np.abs(y_TD).max())
+    assert not got[32:].any() and got[:32].any(axis=1).all()
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutants(mutant):
+    right = _compiled("nvfp4")
+    wanted = jax.tree.leaves(right())
+
+    def same(q):
+        return all(map(np.array_equal, jax.tree.leaves(q), wanted))
+
+    try:
+        module = mutated(mutants.MODULE, mutant)
+        caught = None if same(_compiled("nvfp4", module=module)()) else "numerics"
+    except Exception as error:
+        private_jax.reset_interpreter()
+        assert "RACE DETECTED" in str(error) or "arrier" in str(error), error
+        caught = "race"
+    assert caught is not None
+    assert mutant.caught_by in (caught, "either")
+    assert same(right())
+
+
+def test_refuses():
+    operands, scales, _ = _problem("nvfp4")
+    options = {"format": "nvfp4", "act_amax_E": _amax("nvfp4"), "tiling": _TILING} | scales | _HOW
+
+    def refused(message, **changed):
+        with pytest.raises(ValueError, match=message):
+            mlp.gate_up_swiglu_quantized(*operands, **options | changed)
+
+    refused("tile_n = 256", tiling=mlp.Tiling())
+    refused("collective", tiling=mlp.Tiling(tile_n=256, accumulators=1, collective=True))
+    refused("not to 'nvfp4_46'", format="nvfp4_46")
+    refused("unknown rule", rule="floor")
+    refused("act_amax_E is for NVFP4", act_amax_E=None)
+    refused("act_amax_E is for NVFP4", format="mxfp4")
+    refused("act_amax_E must be float32", act_amax_E=jnp.ones(2))
+    refused("row_scale_T must be", row_weight_T=jnp.ones(2))
+    x, gate_up, sizes_E = operands
+    odd = jax.tree.map(lambda leaf: leaf[:, :384] if leaf.ndim > 1 else leaf, gate_up)
+    with pytest.raises(ValueError, match="F must be a multiple"):
+        mlp.gate_up_swiglu_quantized(x, odd, sizes_E, **options)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_default_tiling_fits(format):
+    mlp.default_tiling(format).check_budgets(format, jnp.float32)
