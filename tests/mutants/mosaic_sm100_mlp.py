@@ -1,19 +1,20 @@
-"""Seeded bugs of the fused feed-forward on data-centre Blackwell: its epilogues and what XLA does around them."""
+"""Seeded bugs of the fused feed-forward on data-centre Blackwell: around its epilogues, and in them."""
 
 from tests.mutants import Mutant
 
-MODULE = "pallas_kernels.grouped_matmul.mosaic_sm100_mlp"
-MUTANTS = (
-    Mutant(
-        "gate and up are swapped",
-        "gate, up = load(0), load(TILE_F)",
-        "up, gate = load(0), load(TILE_F)",
-        "numerics",
-    ),
+AROUND = (
     Mutant(
         "every tile takes the first rows of up",
         "width + column * TILE_F)",
         "width)",
+        "numerics",
+    ),
+)
+EPILOGUE = (
+    Mutant(
+        "gate and up are swapped",
+        "gate, up = load(0), load(TILE_F)",
+        "up, gate = load(0), load(TILE_F)",
         "numerics",
     ),
     Mutant(
@@ -74,3 +75,5 @@ MUTANTS = (
         "to = used + 1 + (share",
     ),
 )
+
+MUTANTS = (*AROUND, *EPILOGUE)

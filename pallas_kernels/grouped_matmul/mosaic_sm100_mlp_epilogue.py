@@ -1,0 +1,191 @@
+"""The epilogues of the fused feed-forward on data-centre Blackwell: SwiGLU of an accumulator, as numbers or as codes.
+
+Lane semantics: a thread of the warpgroup holds a row. An accumulator has 128 columns of gate, then those of up.
+
+L 128 rows of a tile, W columns of a chunk, B elements of a block, Q 32 rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.formats import FORMATS, elements
+from pallas_kernels.grouped_matmul import mosaic_sm100 as plain
+from pallas_kernels.grouped_matmul import mosaic_sm100_loop as main_loop
+from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import TILE_M
+from pallas_kernels.quantize import blocks
+
+TILE_F = 128  # columns of the layer between, of a tile: as many rows of gate and of up
+CHUNK = 32  # columns that are in registers at a time; 16 bytes of codes
+
+
+def _factors(tile: main_loop.Tile, inputs, given) -> tuple[Any, Any]:
+    """Returns what sums are multiplied with, and act: scalars, or [L, W]; None for 1."""
+    _, expert_scale_E, *optional = inputs
+    factor, weight = expert_scale_E[tile.expert], None
+
+    def load(row_T):
+        here = row_T.at[pl.ds(tile.block * TILE_M, TILE_M)]
+        return plgpu.load(here, layout=blocks.per_line(), optimized=False)
+
+    if given[0]:
+        factor = blocks.spread(load(optional[0]) * factor, CHUNK)
+    if given[1]:
+        weight = blocks.spread(load(optional[given[0]]), CHUNK)
+    return factor, weight
+
+
+def _act(acc, chunk: int, factors) -> jax.Array:
+    """Returns 32 columns of act, float32 [L, W], each line in one thread."""
+    factor, weight = factors
+
+    def load(first):
+        sums = acc.at[:, pl.ds(first + chunk * CHUNK, CHUNK)]
+        loaded = plgpu.async_load_tmem(sums, layout=plgpu.Layout.TCGEN05_TMEM_NATIVE)
+        return plgpu.layout_cast(loaded, blocks.by_line()) * factor
+
+    gate, up = load(0), load(TILE_F)
+    act = gate * (jnp.float32(1) / (jnp.float32(1) + jnp.exp(-gate))) * up
+    return act if weight is None else act * weight
+
+
+def store_act(tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, given) -> None:
+    """Stores the expert's rows of act in columns of 128 bytes, from two buffers in turn."""
+    factors = _factors(tile, inputs, given)
+    out = scratch["out"]
+    width = out.shape[2]
+    for chunk in range(TILE_F // CHUNK):
+        act = _act(acc, chunk, factors)
+        if chunk == TILE_F // CHUNK - 1:
+            release()
+        turn, within = divmod(chunk * CHUNK, width)
+        buffer = out.at[turn % 2]
+        if not within:
+            # The copies that read this buffer two turns ago.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        plgpu.store(buffer.at[:, pl.ds(within, CHUNK)], act.astype(out.dtype), optimized=False)
+        if within + CHUNK == width:
+            plgpu.commit_smem()
+            columns = pl.ds(tile.column * TILE_F + turn * width, width)
+            plain._copy_rows(buffer, outputs[0], tile.block, tile.first_row, tile.rows, columns)
+
+
+def store_codes(
+    tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, given, format, rule
+) -> None:
+    """Quantizes a tile, and stores the expert's rows of codes and a whole tile of scales."""
+    factors, nvfp4 = _factors(tile, inputs, given), None
+    if FORMATS[format].scale == "e4m3":
+        amax_L = jnp.full((TILE_M,), inputs[-1][tile.expert])
+        nvfp4 = blocks.nvfp4_factors(plgpu.layout_cast(amax_L, blocks.per_line()))
+    chunks = TILE_F // CHUNK
+    # Row first_row lies in row 128 of the buffer, so that copies begin at multiples of 128 bytes.
+    lines = pl.ds(TILE_M - tile.first_row, TILE_M)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    word_L, done = None, 0
+    for chunk in range(chunks):
+        act = _act(acc, chunk, factors)
+        if chunk == chunks - 1:
+            release()
+        codes, bytes_L = _quantize(act, format, rule, nvfp4)
+        columns = pl.ds(chunk * CHUNK, CHUNK)
+        plgpu.store(scratch["codes"].at[lines, columns], codes, optimized=False)
+        for byte_L in bytes_L:
+            word_L = byte_L if done % 4 == 0 else word_L | byte_L << 8 * (done % 4)
+            done += 1
+            if done % 4 == 0:
+                plgpu.store(scratch["words"].at[done // 4 - 1], word_L, optimized=False)
+    plgpu.commit_smem()
+    _arrange(scratch["words"], scratch["atoms"])
+    plgpu.commit_smem()
+    words = scratch["atoms"].shape[0]
+    plgpu.copy_smem_to_gmem(
+        scratch["atoms"],
+        outputs[1].at[tile.index, pl.ds(tile.column * words, words)],
+        commit_group=False,
+    )
+    columns = pl.ds(tile.column * TILE_F, TILE_F)
+    begin = scratch["codes"].at[pl.ds(TILE_M, TILE_M)]
+    _copy_first_rows(begin, outputs[0], tile.block * TILE_M + tile.first_row, tile.rows, columns)
+
+
+def _quantize(act_LW: jax.Array, format: str, rule: str, nvfp4) -> tuple[jax.Array, list]:
+    """Returns codes of a chunk, float4_e2m1fn [L, W], and the scale byte of each of its blocks, int32 [L]."""
+    values, found = [], []
+    for first in range(0, CHUNK, FORMATS[format].block):
+        x_LB = act_LW[:, first : first + FORMATS[format].block]
+        largest_L = blocks.largest(x_LB)
+        x_LB = blocks.cleared(x_LB, blocks.is_finite(largest_L))
+        if nvfp4 is not None:
+            byte_L, factor_L = blocks.nvfp4_scale(largest_L, *nvfp4)
+        else:
+            byte_L, exponent_L = blocks.mxfp4_scale(largest_L, rule)
+            factor_L = elements.power_of_two(-exponent_L)
+        values.append(blocks.scaled(x_LB, factor_L))
+        found.append(byte_L)
+    codes = jnp.concatenate(values, axis=1) if len(values) > 1 else values[0]
+    return codes.astype(jnp.float4_e2m1fn), found
+
+
+def _arrange(words, atoms) -> None:
+    """Arranges words of 128 lines, (words, L), as tensor cores read them: (words, 32, 4)."""
+    quarter = plgpu.Layout.TILED(
+        plgpu.Tiling(((32,), (1,))),
+        warp_dims=(plgpu.Replicated(4),),
+        lane_dims=(-2,),
+        vector_dim=-1,
+    )
+    for word in range(words.shape[0]):
+        for q in range(4):
+            word_Q = plgpu.layout_cast(words[word, pl.ds(q * 32, 32)], quarter)
+            plgpu.store(atoms.at[word, :, q], word_Q, optimized=False)
+
+
+def _copy_first_rows(buffer, out, to, rows, columns) -> None:
+    """Stores the first rows of a buffer from row `to` on, as one group of copies of 128, 64, .. 1 rows."""
+    row = 0
+    for size in (128, 64, 32, 16, 8, 4, 2, 1):
+        if size > out.shape[0]:
+            continue  # no box of a copy is larger than the array
+
+        @pl.when(rows & size != 0)
+        def _(row=row, size=size):
+            plgpu.copy_smem_to_gmem(
+                buffer.at[pl.ds(row, size)],
+                out.at[pl.ds(to + row, size), columns],
+                commit_group=False,
+            )
+
+        row = row + (rows & size)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def zero_the_rest(share, shares, inputs, outputs, scratch) -> None:
+    """Writes zeros into the rows beyond the groups, blocks of 128 rows in turn."""
+    used, out = inputs[0][0], outputs[0]
+    num_rows, num_columns = out.shape
+    buffer = scratch["out"].at[0] if "out" in scratch else scratch["codes"].at[pl.ds(0, TILE_M)]
+    width = buffer.shape[1]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    zero = plgpu.layout_cast(jnp.zeros(buffer.shape, jnp.float32), blocks.by_line())
+    plgpu.store(buffer, zero.astype(out.dtype), optimized=False)
+    plgpu.commit_smem()
+
+    def zero_block(i, _):
+        to = used + (share + i * shares) * TILE_M
+        rows = jnp.minimum(num_rows - to, TILE_M)
+
+        def zero_columns(j, _):
+            _copy_first_rows(buffer, out, to, rows, pl.ds(j * width, width))
+
+        lax.fori_loop(0, num_columns // width, zero_columns, None)
+
+    left = lax.div(num_rows - used + TILE_M - 1, jnp.int32(TILE_M))
+    lax.fori_loop(0, lax.div(jnp.maximum(left - share, 0) + shares - 1, shares), zero_block, None)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
