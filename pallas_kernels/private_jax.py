@@ -205,9 +205,7 @@ def compile_interpreted_threads_once() -> None:
         with lock:
             if jaxpr not in programs:
                 traced = jax.jit(thread_map._run, static_argnums=0).trace(jaxpr, consts, *args)
-                # Threads that wait for each other hold the workers that a parallel loop would wait for.
-                options = {"xla_cpu_multi_thread_eigen": False}
-                programs[jaxpr] = traced.lower().compile(options)
+                programs[jaxpr] = traced.lower().compile()
             program = programs[jaxpr]
         program(consts, *args)
 

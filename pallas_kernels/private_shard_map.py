@@ -57,7 +57,9 @@ def _register() -> None:
     """Assumes: avals carry `manual_axis_type`; lowering a function again under other avals is `mlir.lower_fun`."""
 
     def out_avals(*avals, function, shapes):
-        return [avals[0].update(shape=shape, dtype=dtype, weak_type=False) for shape, dtype in shapes]
+        return [
+            avals[0].update(shape=shape, dtype=dtype, weak_type=False) for shape, dtype in shapes
+        ]
 
     def lower(context, *operands, function, shapes):
         context = context.replace(avals_in=[_inside(aval) for aval in context.avals_in])
