@@ -1,6 +1,6 @@
 """A limit on the assignments of one expert: who stays and who is dropped.
 
-T tokens, E experts, K slots per token, N = T*K assignments.
+T tokens, V of them valid, E experts, K slots per token, N = T*K assignments.
 """
 
 from __future__ import annotations
@@ -9,17 +9,48 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moelab.routing import Routing
 
 
 def limit(num_assignments: int, num_experts: int, factor: float) -> int:
-    """Returns ceil(factor * N / E), the assignments one expert may take, at least 1."""
+    """Returns ceil(factor * N / E), the assignments one expert may take, at least 1.
+
+    Raises:
+      ValueError: a factor that is not a number above 0, or no experts.
+    """
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"a capacity factor must be a finite number above 0, got {factor}")
+    if num_experts < 1:
+        raise ValueError(f"a capacity is shared by at least 1 expert, got {num_experts}")
     return max(1, math.ceil(factor * num_assignments / num_experts))
 
 
+def limit_of_valid(mask_T: jax.Array, k: int, num_experts: int, factor: float) -> jax.Array:
+    """Returns `limit` for the valid tokens alone, ceil(factor * k * V / E): int32 scalar.
+
+    How many tokens are valid is known at run time only. A table has the limit of every possible number, since float32
+    would round factor * k * V / E before the ceiling.
+
+    Args:
+      mask_T: bool; padding makes no room.
+      k: assignments per valid token.
+      num_experts: E.
+      factor: places over those that a perfect balance needs.
+    """
+    limit(0, num_experts, factor)  # for what it refuses
+    assignments_V = k * np.arange(mask_T.shape[0] + 1)
+    limit_V = np.maximum(1, np.ceil(factor * assignments_V / num_experts)).astype(np.int32)
+    return jnp.asarray(limit_V)[jnp.sum(mask_T, dtype=jnp.int32)]
+
+
 def drop(
-    routing: Routing, num_experts: int, slots: int, limit: int, priority_T: jax.Array | None = None
+    routing: Routing,
+    num_experts: int,
+    slots: int,
+    limit: int | jax.Array,
+    priority_T: jax.Array | None = None,
 ) -> Routing:
     """Sends assignments beyond `limit` per expert to no expert, in slot-major priority.
 
@@ -31,7 +62,7 @@ def drop(
       routing: token choice with N = T*slots in token-major order.
       num_experts: E; experts without computation have no limit.
       slots: assignments per token.
-      limit: assignments that one expert may take.
+      limit: assignments that one expert may take, an int or an int32 scalar.
       priority_T: float32, or None for the order of the tokens.
 
     Returns:

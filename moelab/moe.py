@@ -190,7 +190,7 @@ def _local_forward(config: MoeConfig, train: bool):
         inputs = inputs._replace(train=train, key=shared["key"])
         routing = router.apply(*_router_operands(config, shared["router"], x_TD), inputs, bias_C)
         if factor and router.slots:
-            limit = capacity.limit(x_TD.shape[0] * router.k, router.num_experts, factor)
+            limit = capacity.limit_of_valid(inputs.mask_T, router.k, router.num_experts, factor)
             first_T = routing.weight_N.reshape(-1, router.slots)[:, 0] if router.by_score else None
             routing = capacity.drop(routing, router.num_experts, router.slots, limit, first_T)
         y_TD, routing = _experts(config, weights, x_TD, routing, _rounding_key(config, inputs))

@@ -121,13 +121,25 @@ def from_token_choice(
 
 
 def from_expert_choice(
-    token_EC: jax.Array, weight_EC: jax.Array, scores: Scores, inputs: RouterInput
+    token_EC: jax.Array,
+    weight_EC: jax.Array,
+    scores: Scores,
+    inputs: RouterInput,
+    limit: jax.Array,
 ) -> Routing:
-    """Lists the assignments expert by expert; padding that an expert had to take is sent to no expert."""
+    """Lists the assignments expert by expert; what is past the limit, or padding, is sent to no expert.
+
+    Args:
+      token_EC: int tokens of each expert, its first choice first; as many as without padding.
+      weight_EC: float32 factors.
+      scores: what the router computed.
+      inputs: of the router.
+      limit: int32 scalar, the tokens that an expert may take of those valid in this batch.
+    """
     num_experts = scores.logit_TC.shape[1]
     token_N = token_EC.astype(jnp.int32).reshape(-1)
-    valid_N = inputs.mask_T[token_N]
-    owner_N = jnp.repeat(jnp.arange(num_experts, dtype=jnp.int32), token_EC.shape[1])
+    owner_N, rank_N = jnp.indices(token_EC.shape, dtype=jnp.int32).reshape(2, -1)
+    valid_N = inputs.mask_T[token_N] & (rank_N < limit)
     expert_N = jnp.where(valid_N, owner_N, num_experts)
     weight_N = jnp.where(valid_N, weight_EC.reshape(-1), 0)
     return Routing(token_N, expert_N, weight_N, _aux(scores, expert_N, inputs))

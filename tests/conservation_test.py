@@ -171,6 +171,63 @@ def test_conservation_limit_by_hand(arguments, wanted):
     assert capacity.limit(*arguments) == wanted
 
 
+@pytest.mark.parametrize("factor", [-1.0, 0.0, np.nan, np.inf])
+def test_conservation_limit_wants_a_factor(factor):
+    with pytest.raises(ValueError, match=f"finite number above 0, got {factor}"):
+        capacity.limit(6, 2, factor)
+    with pytest.raises(ValueError, match=f"finite number above 0, got {factor}"):
+        capacity.limit_of_valid(jnp.ones((4,), bool), 2, 2, factor)
+
+
+@pytest.mark.parametrize("k, experts, factor", [(1, 3, 1.1), (8, 64, 1.25), (3, 7, 0.7)])
+def test_conservation_limit_of_valid_tokens(k, experts, factor):
+    """The traced limit is the static one of the valid tokens, for every number of them."""
+    mask_VT = jnp.tri(201, 200, -1, dtype=bool)
+    get = jax.jit(jax.vmap(lambda mask_T: capacity.limit_of_valid(mask_T, k, experts, factor)))
+    wanted = [capacity.limit(valid * k, experts, factor) for valid in range(201)]
+    np.testing.assert_array_equal(get(mask_VT), wanted)
+
+
+@pytest.mark.parametrize(
+    "kind, factor, fields",
+    [
+        ("batch_priority", 0.8, dict(k=2)),
+        ("expert_choice", 0.0, dict(k=2)),
+    ],
+)
+def test_conservation_of_room_with_padding(kind, factor, fields):
+    """Padding makes no room: outputs, load and drops are those of the valid tokens alone."""
+    router = make_router(kind, 4, **fields)
+    config = moe.MoeConfig(
+        router=router,
+        mechanisms=(),
+        expert_width=4,
+        capacity_factor=factor,
+        implementation="reference",
+    )
+    block = moe.MoeBlock(config, parallel.make_mesh(1))
+    mask = np.arange(22) % 11 % 3 == 1  # 8 of 22
+    x_TD = np.array(make_tokens(22, width=8))
+    x_TD[~mask] *= 9  # confident padding would go before the others
+    variables = jax.jit(
+        lambda: block.init(jax.random.key(1), jnp.zeros((1, 2, 8)), make_inputs(2))
+    )()
+
+    def run(x_TD, mask):
+        inputs = make_inputs(mask.size, mask=mask)._replace(train=None)
+        apply = lambda x, i: block.apply(variables, x[None], i._replace(train=True))  # noqa: E731
+        y_BLD, report, _ = jax.jit(apply)(jnp.asarray(x_TD), inputs)
+        return np.asarray(y_BLD[0]), report
+
+    y_TD, padded = run(x_TD, mask)
+    wanted_TD, alone = run(x_TD[mask], mask[mask])
+    np.testing.assert_allclose(y_TD[mask], wanted_TD, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(y_TD[~mask], 0)
+    np.testing.assert_array_equal(padded.load_E, alone.load_E)
+    assert float(padded.dropped) == float(alone.dropped)
+    assert (float(alone.dropped) > 0) == (factor > 0), "nothing was dropped: nothing was tested"
+
+
 @examples(10)
 @given(st.sampled_from([(12, 3), (12, 5), (7, 2), (3, 8)]), st.integers(0, 99))
 def test_conservation_of_base_with_padding(size, seed):
@@ -206,7 +263,7 @@ def test_conservation_of_balanced_routers_with_padding_at_the_end(kind):
 @examples(10)
 @given(st.sampled_from([(12, 3, 1), (12, 3, 2), (7, 2, 2), (3, 8, 2)]), st.integers(0, 99))
 def test_conservation_of_expert_choice_with_padding(size, seed):
-    """Each expert takes its best valid tokens, ties to the first; padding fills what is left and goes nowhere."""
+    """Each expert takes its best valid tokens, ties to the first, as many as it would without the padding."""
     num_tokens, experts, k = size
     router = make_router("expert_choice", experts, k=k)
     mask = np.random.default_rng(seed).random(num_tokens) < 0.5
@@ -214,7 +271,7 @@ def test_conservation_of_expert_choice_with_padding(size, seed):
     routed = apply(router, make_params(router, seed=seed), make_tokens(num_tokens), inputs)
     chosen, weight = dense(router, routed)
     prob = np.asarray(routed.aux.prob_TC)
-    limit = min(num_tokens, -(-num_tokens * k // experts))
+    limit = -(-int(mask.sum()) * k // experts)
     for e in range(experts):
         best = sorted(np.flatnonzero(mask), key=lambda t: (-prob[t, e], t))[:limit]
         assert sorted(best) == np.flatnonzero(chosen[:, e]).tolist()

@@ -1,9 +1,10 @@
 """Expert choice: each expert takes its best tokens (arXiv:2202.09368).
 
-    S = softmax over experts of XW,   G, I = top-C of S^T,   C = T * k / E
+    S = softmax over experts of XW,   G, I = top-C of S^T,   C = T * k / E rounded up
 
-Perfectly balanced by construction. Not causal: which tokens an expert takes depends on later ones, so a language model
-trained with it sees the future, and generation token by token differs from the parallel pass.
+T counts the valid tokens: padding makes no room and is never taken. Perfectly balanced by
+construction. Not causal: which tokens an expert takes depends on later ones, so a language model trained with it sees
+the future, and generation token by token differs from the parallel pass.
 """
 
 from __future__ import annotations
@@ -38,18 +39,19 @@ class Router(router.Router):
         inputs: routing.RouterInput,
         selection_bias_C: jax.Array | None = None,
     ) -> routing.Routing:
-        num_tokens = x_TD.shape[0]
         logit_TC = self.kernel_logits(x_TD)
         prob_TC = jax.nn.softmax(logit_TC, axis=-1)
-        limit = min(num_tokens, capacity.limit(num_tokens * self.k, self.num_experts, 1.0))
+        num_tokens = x_TD.shape[0]
+        places = min(num_tokens, capacity.limit(num_tokens * self.k, self.num_experts, 1.0))
+        limit = capacity.limit_of_valid(inputs.mask_T, self.k, self.num_experts, 1.0)
         # NaN goes first: left to top_k, one with a sign bit is below everything, and nobody would see it.
         rank_TC = jnp.where(jnp.isnan(prob_TC), jnp.inf, prob_TC)
-        # Padding goes last, so that an expert takes it only when the group has too few valid tokens.
+        # Padding goes last, behind the places that the valid tokens make.
         rank_TC = jnp.where(inputs.mask_T[:, None], rank_TC, -jnp.inf)
-        _, token_EC = jax.lax.top_k(jax.lax.stop_gradient(rank_TC).T, limit)
+        _, token_EC = jax.lax.top_k(jax.lax.stop_gradient(rank_TC).T, places)
         weight_EC = jnp.take_along_axis(prob_TC.T, token_EC, axis=1)
         found = routing.Scores(logit_TC, prob_TC, prob_TC)
-        return routing.from_expert_choice(token_EC, weight_EC, found, inputs)
+        return routing.from_expert_choice(token_EC, weight_EC, found, inputs, limit)
 
 
 def validate(fields: dict, config) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """Expert choice: Zhou et al. (2202.09368, section 3.2, eq. 1-2). Each expert takes its highest
 tokens.
 
-The paper's capacity n * c / e is rounded up here, and n counts padding, which is never taken.
+The paper's capacity is k = n * c / e, n being the tokens of the batch, c the mean number of experts per token. It
+knows no padding: with some, n are the tokens that are left without it. Rounded up here.
 """
 
 import math
@@ -21,8 +22,8 @@ CASES = [
 
 def route(x, params, case, given):
     k = (DEFAULTS | case["fields"])["k"]
-    num_tokens, num_experts = len(x), case["num_experts"]
-    capacity = min(num_tokens, max(1, math.ceil(num_tokens * k / num_experts)))
+    num_tokens, num_experts = int(given.mask.sum()), case["num_experts"]
+    capacity = math.ceil(num_tokens * k / num_experts)
     s = softmax(x @ params["kernel"], axis=1)  # over the experts
     chosen = np.zeros(s.shape, bool)
     for e in range(num_experts):
@@ -41,7 +42,7 @@ def example():
             [0.10, 0.10, 0.70, 0.10],
         ]
     )
-    # Four tokens, the last one padding; capacity ceil(4 * 1 / 4) = 1.
+    # Four tokens, the last one padding; capacity ceil(3 * 1 / 4) = 1.
     # expert 0: .4 .3 .1 -> token 0;  expert 1: .3 .2 .1 -> token 0
     # expert 2: .2 .15 .1 -> token 0 (the padding has .7);  expert 3: .1 .35 .7 -> token 2
     # Token 1 is taken by no one.
