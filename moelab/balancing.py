@@ -185,7 +185,12 @@ class ScopedLoss(Mechanism):
     def update(self, state: State, total: dict[str, jax.Array], router: Router) -> State:
         """Keeps the sums of the step."""
         del router
-        return total if state else state
+        return moved_if(total["token_T"] > 0, total, state) if state else state
+
+
+def moved_if(seen: jax.Array, moved: State, state: State) -> State:
+    """Returns the moved state, or the state as it was after a step without a valid token: it taught nothing."""
+    return jax.tree.map(lambda new, old: jnp.where(seen, new, old), moved, state)
 
 
 def _like(flag_S: jax.Array, a: jax.Array) -> jax.Array:

@@ -21,8 +21,8 @@ from routing_cases import (
     variants,
 )
 
-from moelab import capacity, moe, parallel, routers, routing
-from moelab.routers import base
+from moelab import balance, capacity, moe, parallel, routers, routing
+from moelab.routers import base, sinkhorn
 
 # Few sizes, so that the examples share compiled operations.
 TOKENS = (0, 2, 7, 12)
@@ -258,6 +258,45 @@ def test_conservation_of_balanced_routers_with_padding_at_the_end(kind):
     got = apply(router, params, x_TD, padded)
     np.testing.assert_array_equal(got.expert_N[:12], whole.expert_N)
     np.testing.assert_allclose(got.weight_N[:12], whole.weight_N, rtol=1e-6)
+
+
+def test_conservation_of_sinkhorn_rows_far_apart():
+    """A row far below the others, or above, is scaled like them: exp underflows 104 below, and d1 is no row's."""
+    logit = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    shift_T1 = np.array([0, -104, -300, 104, 1e4, 0, -1e4, 0], np.float32)[:, None]
+    arguments = jnp.ones((8,), bool), 1e-4, 100
+    wanted = np.asarray(sinkhorn.normalise(jnp.asarray(logit), *arguments))
+    # The sums keep three digits of a logit of 1e4.
+    got = sinkhorn.normalise(jnp.asarray(logit + shift_T1), *arguments)
+    np.testing.assert_allclose(got, wanted, rtol=1e-2)
+    np.testing.assert_allclose(wanted.sum(axis=1), 1 / 8, rtol=1e-5)
+    router = make_router("sinkhorn", 4)
+    params = {"kernel": jnp.asarray(logit + shift_T1)}
+    routed = apply(router, params, jnp.eye(8), make_inputs(8, train=True))
+    np.testing.assert_array_equal(routed.expert_N, wanted.argmax(axis=1))
+
+
+@pytest.mark.parametrize("kind", balance.KINDS)
+def test_conservation_of_state_in_a_step_of_padding(kind):
+    """A step without a valid token teaches nothing: every state stays, whatever it holds."""
+    module = balance.module(kind).Mechanism
+    strength, *rest = module.__dataclass_fields__
+    scope = {"scope": "global_batch"} if "scope" in rest else {}
+    estimators = balance.module(kind).ESTIMATORS if "estimator" in rest else (None,)
+    router = make_router("remoe" if kind == "relu_l1" else "top_k", 4)
+    params, x_TD = make_params(router, width=8), make_tokens(6, width=8)
+    routed = apply(router, params, x_TD, make_inputs(6, mask=np.zeros(6, bool), train=True))
+    for estimator in estimators:
+        chosen = {"estimator": estimator} if estimator else {}
+        mechanism = balance.make(kind, **{strength: 0.25} | scope | chosen)
+        draw = np.random.default_rng(0)
+        state = jax.tree.map(
+            lambda a: jnp.asarray(draw.uniform(0.1, 0.2, a.shape), jnp.float32),  # noqa: B023
+            mechanism.init(router),
+        )
+        total = mechanism.observe(routed, state, router) | mechanism.rows(routed, state, router)
+        new = mechanism.update(state, total, router)
+        jax.tree.map(np.testing.assert_array_equal, new, state)
 
 
 @examples(10)

@@ -63,7 +63,7 @@ class Mechanism(balancing.Mechanism):
         violation = jnp.max(count_C) / jnp.maximum(jnp.mean(count_C), 1e-9) - 1
         factor = (1 + self.rate) ** jnp.sign(violation - self.target)
         moved = jnp.clip(state["coefficient"] * factor, self.smallest, self.largest)
-        return {"coefficient": moved}
+        return balancing.moved_if(jnp.sum(count_C) > 0, {"coefficient": moved}, state)
 
 
 def validate(fields: dict, config) -> list[tuple[str, str]]:

@@ -86,15 +86,15 @@ class Mechanism(balancing.Mechanism):
         if self.estimator == "exact":
             margin_TC = total["margin_TC"]
             valid_T = margin_TC[:, 0] < jnp.inf
-            # Without a valid token there is nothing to learn: the bias stays.
-            beta_C = jnp.where(jnp.any(valid_T), quantile(margin_TC, valid_T, level), 0.0)
-            beta_C = jnp.where(jnp.any(valid_T), beta_C, -state["bias_C"])
+            seen, beta_C = jnp.any(valid_T), quantile(margin_TC, valid_T, level)
         elif self.estimator == "local_mean":
+            seen = total["tokens"] > 0
             beta_C = total["beta_C"] / jnp.maximum(total["tokens"], 1.0)
         else:
+            seen = jnp.sum(total["count_CB"]) > 0
             beta_C = self.span * histogram_quantile(total["count_CB"], level)
         bias_C = state["bias_C"] * (1 - self.rate) + self.rate * (jnp.mean(beta_C) - beta_C)
-        return {"bias_C": bias_C}
+        return balancing.moved_if(seen, {"bias_C": bias_C}, state)
 
     def selection_bias(self, state: balancing.State) -> jax.Array:
         """The bias itself."""

@@ -71,7 +71,8 @@ class Mechanism(balancing.Mechanism):
         opened = total["open"] / jnp.maximum(total["gates"], 1.0)
         wanted = router.k / router.num_columns
         factor = self.multiplier ** jnp.sign(opened - wanted)
-        return {"coefficient": state["coefficient"] * factor}
+        moved = {"coefficient": state["coefficient"] * factor}
+        return balancing.moved_if(total["gates"] > 0, moved, state)
 
 
 def _gates(routing: Routing) -> jax.Array:

@@ -1,11 +1,12 @@
 """Sinkhorn routing: selection by a doubly normalised matrix of scores, as Megatron-LM has it.
 
-    P = exp(z - max z);  repeat  d0 = (1/T) / rows(P d1),  d1 = (1/E) / columns(d0 P)  until d1 rests
+    P = exp(z - rows' max);  repeat  d0 = (1/T) / rows(P d1),  d1 = (1/E) / columns(d0 P)  until d1 rests
     S = top-k of d0 P d1,   weight = sigmoid(z)[S] for k = 1, softmax(z)[S] for k > 1
 
 Clark et al., arXiv:2202.01169 (S-BASE), derive it as the relaxed linear assignment. Megatron's code takes exp of the
-raw logits, which overflows; here the maximum is taken off first, which changes nothing else. In evaluation the raw
-logits select. Not causal in training: the normalisation runs over all tokens of the batch.
+raw logits, which overflows; here each row's maximum is taken off first. A factor of a row goes into its d0 and leaves
+every d1, and so every iterate, as it was; with one maximum for all, a row far below it would underflow to zeros, and go
+to expert 0. In evaluation the raw logits select. Not causal in training: the normalisation runs over all tokens of the batch.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def normalise(
 ) -> jax.Array:
     """Scales exp(z) so that valid rows sum to 1/T and columns to 1/E: (T, E) float32; 0 in rows of padding."""
     valid_T1 = mask_T[:, None]
-    peak = jnp.max(jnp.where(valid_T1, logit_TE, -jnp.inf))
-    cost_TE = jnp.where(valid_T1, jnp.exp(logit_TE - peak), 0.0)
+    peak_T1 = jnp.max(logit_TE, axis=1, keepdims=True)
+    cost_TE = jnp.where(valid_T1, jnp.exp(logit_TE - peak_T1), 0.0)
     count = jnp.maximum(jnp.sum(mask_T), 1).astype(jnp.float32)
     tiny = 1e-8  # of Megatron's code
 
