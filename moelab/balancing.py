@@ -26,9 +26,12 @@ class Mechanism:
     optimizer step, given sums (`observe`) and concatenations (`rows`) over all micro-batches and devices.
 
     across_layers: the statistics of all MoE layers are added up, so that all layers have one state.
+    steers: what it moves, so that a config can be refused where the router lets nothing be moved (`check_steers`):
+      scores, choice, load or bias; empty: not checked.
     """
 
     across_layers = False
+    steers = ""
 
     @property
     def strength(self) -> float:
@@ -103,6 +106,8 @@ class ScopedLoss(Mechanism):
     global_batch: all tokens of the optimizer step (arXiv:2501.11873). The gradient of a micro-batch is taken through
       its own share of the sums, so that the micro-batches' gradients add up to that of the loss of the whole batch.
     """
+
+    steers = "choice"
 
     coefficient: float = 0.0  # factor of the loss; 0: off
     scope: str = (
@@ -200,13 +205,13 @@ def _like(flag_S: jax.Array, a: jax.Array) -> jax.Array:
 def check_scope(fields: dict, config) -> list[tuple[str, str]]:
     """Lists what is wrong with the fields of a scoped loss: (field, message)."""
     problems = check_strength(fields, "coefficient")
-    if config.moe.num_experts and not router_of(config).learns:
-        message = f"steers nothing: nothing is learned in the choice of router.kind={config.router.kind}; set it to 0"
-        problems.append(("coefficient", message))
     if fields["scope"] not in SCOPES:
         problems.append(("scope", f"must be one of {', '.join(SCOPES)}, got {fields['scope']!r}"))
     if fields["counts"] not in COUNTS:
         problems.append(("counts", f"must be first or last_step, got {fields['counts']!r}"))
+    elif fields["counts"] == "last_step" and fields["scope"] != "global_batch":
+        message = f"is read with scope=global_batch alone, and scope is {fields['scope']}; set it to first"
+        problems.append(("counts", message))
     return problems
 
 
@@ -248,16 +253,29 @@ def squared_variation(sum_C: jax.Array) -> jax.Array:
 
 
 def router_of(config) -> Router:
-    """Builds the router of a config, for what it declares."""
+    """Builds the router of a config, for what it declares; its fields may still be wrong."""
     from moelab import routers
 
     fields = config.router.to_dict()
-    return routers.make(fields.pop("kind"), num_experts=max(1, config.moe.num_experts), **fields)
+    return routers.declare(fields.pop("kind"), num_experts=max(1, config.moe.num_experts), **fields)
 
 
-def check_takes_bias(config, field: str) -> list[tuple[str, str]]:
-    """Lists a selection bias that the router would ignore: (field, message)."""
-    if router_of(config).takes_bias and not config.moe.slots_per_expert:
+def check_steers(mechanism: type[Mechanism], config) -> list[tuple[str, str]]:
+    """Lists the strength of a mechanism that could move nothing in this config's router: (field, message)."""
+    if not (mechanism.steers and config.moe.num_experts):
         return []
-    what = "Soft MoE" if config.moe.slots_per_expert else f"router.kind={config.router.kind}"
-    return [(field, f"steers nothing: {what} takes no selection bias; set it to 0")]
+    router, soft = router_of(config), config.moe.slots_per_expert > 0
+    missing = {
+        "scores": (router.scores_learn, "has no scores that training moves"),
+        "choice": (router.learns, "learns nothing in its choice"),
+        "load": (router.learns, "learns nothing in its choice"),
+        "bias": (router.takes_bias and not soft, "takes no selection bias"),
+    }
+    possible, reason = missing[mechanism.steers]
+    if mechanism.steers == "load" and (router.balanced or soft):
+        possible, reason = False, "has an equal load by construction"
+    if possible:
+        return []
+    what = "Soft MoE" if soft else f"router.kind={config.router.kind}"
+    name = dataclasses.fields(mechanism)[0].name
+    return [(name, f"steers nothing: {what} {reason}; set it to 0")]

@@ -5,6 +5,9 @@ T tokens, E experts, C columns of scores, K slots per token, D model width.
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,8 @@ class Router(nn.Module):
       how the batch is cut.
     takes_bias: a balancing bias steers its selection.
     learns: its choice depends on parameters, which a loss can move.
+    scores_learn: its logits and scores do, whether they choose or only weigh.
+    balanced: in training its load is equal by construction, so that no loss can even it out.
     ranked: it may be compared with others; bounds and controls may not.
     by_score: under a capacity, tokens with a higher first weight keep their place (V-MoE), not earlier ones.
     uses_previous_logits: it wants the logits of the MoE layer before.
@@ -37,10 +42,16 @@ class Router(nn.Module):
     competes = False
     takes_bias = True
     learns = True
+    scores_learn = True
+    balanced = False
     ranked = True
     by_score = False
     uses_previous_logits = False
     idle_experts = ()
+
+    def setup(self) -> None:
+        """Refuses wrong fields before anything is computed, however the router was made."""
+        refuse(self)
 
     @property
     def slots(self) -> int | None:
@@ -67,6 +78,50 @@ class Router(nn.Module):
         if bias_C is not None:
             rank_TC = rank_TC + bias_C[None, :]
         return selection.top_k(rank_TC, self.k)
+
+
+class _NotKnown(Exception):
+    """A check asked for more of a config than a router has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alone:
+    """The part of a run's config that a router made from Python knows."""
+
+    num_experts: int
+
+    @property
+    def moe(self) -> _Alone:
+        return self
+
+    def __getattr__(self, name: str):
+        raise _NotKnown(name)
+
+
+def refuse(router: Router) -> None:
+    """Raises what a config's validation would say, for a router made from Python.
+
+    A check that wants more of the config than moe.num_experts is left to that validation.
+
+    Raises:
+      ValueError: with every problem.
+    """
+    if router.num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {router.num_experts}")
+    module = sys.modules.get(type(router).__module__)
+    mine = getattr(module, "Router", None) is type(router)  # a notebook's validate may be anything
+    validate = getattr(module, "validate", check_count) if mine else check_count
+    linen = ("parent", "name", "num_experts")
+    names = [f.name for f in dataclasses.fields(router) if f.name not in linen]
+    fields = {name: getattr(router, name) for name in names}
+    try:
+        problems = validate(fields, _Alone(router.num_experts))
+    except _NotKnown:
+        problems = check_count(fields, _Alone(router.num_experts))
+    if problems:
+        kind = type(router).__module__.rpartition(".")[2] if mine else type(router).__name__
+        text = "; ".join(f"{name} {message}" for name, message in problems)
+        raise ValueError(f"router {kind}: {text}")
 
 
 def check_count(fields: dict, config, *names: str) -> list[tuple[str, str]]:

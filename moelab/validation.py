@@ -124,6 +124,17 @@ def _sparse(config: ml_collections.ConfigDict) -> Iterator[Problem]:
             f"leaves no layer with experts: {model.num_layers} layers, the first {moe.num_dense_layers} dense, then "
             f"each {moe.every}th; for a dense model set moe.num_experts=0",
         )
+    declared = importlib.import_module("moelab.balancing").router_of(config)
+    if declared.by_score and not moe.capacity_factor > 0:
+        message = (
+            f"{config.router.kind} orders tokens under a capacity: set moe.capacity_factor above 0"
+        )
+        yield Problem("router.kind", message)
+    if declared.slots is None and moe.capacity_factor > 0:
+        message = (
+            f"must be 0 with router.kind={config.router.kind}, which has its capacity built in"
+        )
+        yield Problem("moe.capacity_factor", message)
     if moe.slots_per_expert > 0:
         if moe.capacity_factor:
             yield Problem(
@@ -283,13 +294,18 @@ def _listed(path: str, given: tuple[str, ...], known: tuple[str, ...]) -> Iterat
 
 
 def _open_sets(config: ml_collections.ConfigDict) -> Iterator[Problem]:
+    check_steers = importlib.import_module("moelab.balancing").check_steers
     modules = {f"balance.{name}": f"moelab.balance.{name}" for name in fields.balance_mechanisms()}
     modules["router"] = f"moelab.routers.{config.router.kind}"
     for section, name in modules.items():
         (values,) = _value(config, section)
         if section != "router" and not values[next(iter(values))]:
             continue  # a mechanism's first field is its strength: it is off
-        check = getattr(importlib.import_module(name), "validate", None)
+        module = importlib.import_module(name)
+        if section != "router":
+            for field, message in check_steers(module.Mechanism, config):
+                yield Problem(f"{section}.{field}", message)
+        check = getattr(module, "validate", None)
         if check:
             for field, message in check(values.to_dict(), config):
                 yield Problem(f"{section}.{field}", message)

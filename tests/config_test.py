@@ -342,6 +342,16 @@ class TestProblems:
                 "data.dtype",
                 "uint32",
             ),
+            (
+                ["router.kind=batch_priority"],
+                "router.kind",
+                "set moe.capacity_factor above 0",
+            ),
+            (
+                ["router.kind=expert_choice", "moe.capacity_factor=1"],
+                "moe.capacity_factor",
+                "must be 0",
+            ),
             (["seed=4294967296"], "seed", "less than 2**32"),
             (["checkpoint.keep=0"], "checkpoint.keep", "at least 1"),
         ],
@@ -350,6 +360,51 @@ class TestProblems:
         problems = self.of(*overrides)
         assert list(problems) == [path]
         assert fix in problems[path]
+
+    @pytest.mark.parametrize(
+        ("router", "mechanism", "reason"),
+        [
+            ("router.kind=oracle", "z_loss.coefficient", "has no scores that training moves"),
+            ("router.kind=uniform", "z_loss.coefficient", "has no scores"),
+            ("router.kind=hash", "z_loss.coefficient", "has no scores"),
+            ("router.kind=uniform", "entropy_loss.coefficient", "has no scores"),
+            ("router.kind=hash", "adaptive_loss.coefficient", "learns nothing in its choice"),
+            ("router.kind=oracle", "importance_loss.coefficient", "learns nothing"),
+            ("router.kind=uniform", "loss_free_bias.rate", "takes no selection bias"),
+            ("router.kind=expert_choice", "quantile_bias.rate", "takes no selection bias"),
+            ("router.kind=expert_choice", "switch_loss.coefficient", "an equal load"),
+            ("router.kind=base", "adaptive_loss.coefficient", "an equal load"),
+            ("moe.slots_per_expert=1", "switch_loss.coefficient", "Soft MoE has an equal load"),
+            ("moe.slots_per_expert=1", "loss_free_bias.rate", "Soft MoE takes no selection bias"),
+        ],
+    )
+    def test_balancing_that_could_move_nothing(self, router, mechanism, reason):
+        problems = self.of(router, f"balance.{mechanism}=0.5")
+        assert list(problems) == [f"balance.{mechanism}"]
+        assert reason in problems[f"balance.{mechanism}"]
+        assert problems[f"balance.{mechanism}"].startswith("steers nothing: ")
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            ["router.kind=hash", "router.weights=score", "balance.z_loss.coefficient=1"],
+            ["router.kind=expert_choice", "balance.z_loss.coefficient=1"],
+            ["router.kind=expert_choice", "balance.importance_loss.coefficient=1"],
+            ["router.kind=sinkhorn", "balance.switch_loss.coefficient=1"],
+            ["moe.slots_per_expert=1", "balance.z_loss.coefficient=1"],
+            ["moe.num_experts=0", "router.kind=uniform", "balance.z_loss.coefficient=1"],
+        ],
+    )
+    def test_balancing_that_moves_something(self, overrides):
+        assert self.of(*overrides) == {}
+
+    def test_a_field_of_balancing_that_its_scope_does_not_read(self):
+        on = ["balance.switch_loss.coefficient=1", "balance.switch_loss.counts=last_step"]
+        assert self.of(*on, "balance.switch_loss.scope=global_batch") == {}
+        for scope in ("sequence", "micro_batch"):
+            problems = self.of(*on, f"balance.switch_loss.scope={scope}")
+            assert list(problems) == ["balance.switch_loss.counts"]
+            assert scope in problems["balance.switch_loss.counts"]
 
     @pytest.mark.parametrize(
         "overrides",

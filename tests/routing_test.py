@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from routing_cases import make_inputs
 
-from moelab import capacity, routers, routing, scores
+from moelab import balance, capacity, routers, routing, scores
+from moelab.routers import gshard, top_k
 
 
 def route(kind, logit_TE, *, mask=None, bias=None, **fields):
@@ -130,3 +131,62 @@ def test_scores_of_sigmoid_normalise_without_an_epsilon():
 def test_unknown_kind_lists_the_kinds():
     with pytest.raises(ValueError, match="unknown router kind 'topk'; choose from .*top_k"):
         routers.make("topk")
+
+
+@pytest.mark.parametrize(
+    "kind, fields, words",
+    [
+        ("top_k", dict(k=9), "k must be at most moe.num_experts=8, got 9"),
+        ("top_k", dict(k=0), "k must be at least 1, got 0"),
+        ("top_k", dict(num_experts=0), "num_experts must be at least 1, got 0"),
+        ("top_k", dict(score="tanh"), "score must be one of softmax"),
+        ("group_limited", dict(num_groups=3), "num_groups must divide moe.num_experts=8, got 3"),
+        ("group_limited", dict(groups_per_token=3), "groups_per_token must be in 1..num_groups=2"),
+        # One group of four has two experts: the third would come from a group that is closed.
+        ("group_limited", dict(num_groups=4, k=3), "k must be at most 2, the experts of 1 groups"),
+        ("gshard", dict(k=3), "k must be 2"),
+        ("base", dict(k=2), "k must be 1"),
+        ("batch_priority", dict(k=9), "k must be at most"),
+        ("sinkhorn", dict(tolerance=0.0, max_iterations=0), "tolerance .*; max_iterations"),
+    ],
+)
+def test_fields_that_a_config_may_not_have_are_refused_from_python(kind, fields, words):
+    fields = dict(num_experts=8) | fields
+    with pytest.raises(ValueError, match=words):
+        routers.make(kind, **fields)
+    assert routers.declare(kind, **fields).num_experts == fields["num_experts"]
+
+
+def test_a_router_that_was_not_made_refuses_to_route():
+    class Mine(top_k.Router):
+        """Of no file in the folder: its k is checked nevertheless."""
+
+    x_TD, inputs = jnp.zeros((4, 8)), make_inputs(4)
+    for router in (gshard.Router(num_experts=8, k=3), Mine(num_experts=2, k=3)):
+        with pytest.raises(ValueError, match="k must be"):
+            router.init(jax.random.key(0), x_TD, inputs, None)
+    Mine(num_experts=4, k=3).init(jax.random.key(0), x_TD, inputs, None)
+
+
+def test_checks_that_want_a_whole_config_are_left_to_its_validation(monkeypatch):
+    def validate(fields, config):
+        return [("k", "is one too many")] if config.train.num_steps > 9 else []
+
+    monkeypatch.setattr(top_k, "validate", validate)
+    assert routers.make("top_k", num_experts=8, k=3).k == 3
+    with pytest.raises(ValueError, match="k must be at most"):
+        routers.make("top_k", num_experts=2, k=3)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(estimator="ema"), "must be one of exact, histogram, local_mean .*, got 'ema'"),
+        (dict(bins=1), "bins must be at least 2"),
+        (dict(span=0.0), "span must be above 0"),
+        (dict(rate=1.5), "rate must be in 0..1"),
+    ],
+)
+def test_quantile_bias_does_what_it_is_told_or_refuses(fields, words):
+    with pytest.raises(ValueError, match=words):
+        balance.make("quantile_bias", **fields)

@@ -22,6 +22,8 @@ from moelab.router import Router
 class Mechanism(balancing.Mechanism):
     """Raises the loss's coefficient while the load is worse than the target, lowers it while better."""
 
+    steers = "load"
+
     coefficient: float = 0.0  # of the first step; 0: off
     rate: float = 0.05  # relative change of the coefficient per step
     target: float = 0.1  # MaxVio that is good enough

@@ -21,6 +21,8 @@ from moelab.routing import Routing
 class Mechanism(balancing.Mechanism):
     """Penalises the entropy of each token's normalised scores."""
 
+    steers = "scores"
+
     coefficient: float = 0.0  # factor of the loss; 0: off; 0.0001 in the paper
 
     def loss(self, routing: Routing, state: balancing.State, router: Router) -> jax.Array:

@@ -22,6 +22,8 @@ from moelab.router import Router
 class Mechanism(balancing.Mechanism):
     """Raises the bias of experts below the mean load and lowers it above."""
 
+    steers = "bias"
+
     rate: float = 0.0  # step of the bias per optimizer step; 0: off; 0.001 in the paper
     zero_mean: bool = (
         False  # subtract the mean of the step, so that the biases do not drift together
@@ -56,4 +58,4 @@ class Mechanism(balancing.Mechanism):
 
 def validate(fields: dict, config) -> list[tuple[str, str]]:
     """Lists what is wrong with the fields: (field, message)."""
-    return balancing.check_strength(fields, "rate") + balancing.check_takes_bias(config, "rate")
+    return balancing.check_strength(fields, "rate")

@@ -33,12 +33,18 @@ ESTIMATORS = ("exact", "histogram", "local_mean")
 class Mechanism(balancing.Mechanism):
     """Moves the bias to what the last batch's scores call for."""
 
+    steers = "bias"
+
     rate: float = 0.0  # share of the way to the new estimate per step; 0: off; 1: no memory
     estimator: str = "exact"  # exact, histogram or local_mean
     bins: int = 1000  # of the histogram
     span: float = (
         1.0  # the histogram covers margins from -span to span; 1 is right for scores in 0..1
     )
+
+    def __post_init__(self):
+        if problems := _check_fields(dataclasses.asdict(self)):
+            raise ValueError("; ".join(f"{name} {message}" for name, message in problems))
 
     @property
     def invariant(self) -> bool:
@@ -130,18 +136,24 @@ def histogram_quantile(count_CB: jax.Array, level: float) -> jax.Array:
     return (bin_C[:, 0].astype(jnp.float32) + inside_C) * (2 / bins) - 1
 
 
-def validate(fields: dict, config) -> list[tuple[str, str]]:
-    """Lists what is wrong with the fields: (field, message)."""
-    problems = balancing.check_takes_bias(config, "rate")
+def _check_fields(fields: dict) -> list[tuple[str, str]]:
+    """Lists what is wrong whatever the router."""
+    problems = []
     if not 0 <= fields["rate"] <= 1:
         problems.append(("rate", f"must be in 0..1, got {fields['rate']}"))
     if fields["estimator"] not in ESTIMATORS:
-        names = ", ".join(ESTIMATORS)
+        names = f"{', '.join(ESTIMATORS)} (with rate < 1 a moving average)"
         problems.append(("estimator", f"must be one of {names}, got {fields['estimator']!r}"))
     if fields["bins"] < 2:
         problems.append(("bins", f"must be at least 2, got {fields['bins']}"))
     if not fields["span"] > 0:
         problems.append(("span", f"must be above 0, got {fields['span']}"))
+    return problems
+
+
+def validate(fields: dict, config) -> list[tuple[str, str]]:
+    """Lists what is wrong with the fields: (field, message)."""
+    problems = _check_fields(fields)
     router = balancing.router_of(config)
     if router.k >= router.num_columns:
         problems.append(("rate", "balances nothing where every expert is chosen; set it to 0"))

@@ -25,6 +25,8 @@ from moelab.routing import Routing
 class Mechanism(balancing.ScopedLoss):
     """Pulls the router's mean score away from the experts that are chosen most."""
 
+    steers = "load"
+
     first_choice_only: bool = False  # count only each token's first choice (GShard)
 
     def sums(self, routing: Routing, router: Router) -> dict[str, jax.Array]:

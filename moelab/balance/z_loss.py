@@ -22,6 +22,8 @@ from moelab.routing import Routing
 class Mechanism(balancing.Mechanism):
     """Penalises the squared log-sum-exp of the router's logits."""
 
+    steers = "scores"
+
     coefficient: float = 0.0  # factor of the loss; 0: off; 0.001 is usual
 
     def loss(self, routing: Routing, state: balancing.State, router: Router) -> jax.Array:

@@ -29,6 +29,7 @@ class Router(router.Router):
     reason = "in training the assignment balances all tokens of the batch, later ones included"
     competes = True
     takes_bias = False
+    balanced = True
 
     @nn.compact
     def __call__(

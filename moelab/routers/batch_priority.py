@@ -20,14 +20,4 @@ class Router(top_k.Router):
     by_score = True
 
 
-def validate(fields: dict, config) -> list[tuple[str, str]]:
-    """Lists what is wrong with the fields: (field, message)."""
-    problems = top_k.validate(fields, config)
-    if config.moe.num_experts and not config.moe.capacity_factor > 0:
-        problems.append(
-            (
-                "kind",
-                "batch_priority orders tokens under a capacity: set moe.capacity_factor above 0",
-            )
-        )
-    return problems
+validate = top_k.validate

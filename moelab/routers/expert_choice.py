@@ -26,6 +26,7 @@ class Router(router.Router):
     reason = "experts choose among all tokens of the batch, later ones included"
     competes = True
     takes_bias = False
+    balanced = True
 
     @property
     def slots(self) -> None:
@@ -56,7 +57,4 @@ class Router(router.Router):
 
 def validate(fields: dict, config) -> list[tuple[str, str]]:
     """Lists what is wrong with the fields: (field, message)."""
-    problems = router.check_count(fields, config)
-    if config.moe.capacity_factor > 0:
-        problems.append(("k", "expert choice has its capacity built in: set moe.capacity_factor=0"))
-    return problems
+    return router.check_count(fields, config)

@@ -35,6 +35,11 @@ class Router(router.Router):
     takes_bias = False
     learns = False  # scores weigh, they do not choose
 
+    @property
+    def scores_learn(self) -> bool:
+        """Those of a learned kernel."""
+        return self.weights == "score"
+
     @nn.compact
     def __call__(
         self,

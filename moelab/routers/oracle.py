@@ -21,6 +21,7 @@ class Router(router.Router):
 
     takes_bias = False
     learns = False
+    scores_learn = False
     ranked = False
 
     @nn.compact

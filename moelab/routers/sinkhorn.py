@@ -5,8 +5,9 @@
 
 Clark et al., arXiv:2202.01169 (S-BASE), derive it as the relaxed linear assignment. Megatron's code takes exp of the
 raw logits, which overflows; here each row's maximum is taken off first. A factor of a row goes into its d0 and leaves
-every d1, and so every iterate, as it was; with one maximum for all, a row far below it would underflow to zeros, and go
-to expert 0. In evaluation the raw logits select. Not causal in training: the normalisation runs over all tokens of the batch.
+every d1, and so every iterate, as it was; with one maximum for all, a row far below it would underflow to zeros and go
+to expert 0. In evaluation the raw logits select. Not causal in training: the normalisation runs over all tokens of the
+batch.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ class Router(router.Router):
 
     takes_bias = False
     learns = False
+    scores_learn = False
     ranked = False
 
     @nn.compact
