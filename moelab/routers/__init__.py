@@ -5,8 +5,8 @@ The file's name is the router's `kind` and the folder is the registry. A file de
 
     __call__(x_TD, inputs: RouterInput, selection_bias_C) -> Routing
 
-It may define `validate(fields, config) -> list[(field, message)]`, asked before anything is compiled; `make` asks it too,
-for routers made from Python, with a config that has `moe.num_experts` alone.
+It may define `validate(fields, config) -> list[(field, message)]`, asked before anything is compiled. For routers made
+from Python, `make` asks it with a config that has `moe.num_experts` alone.
 """
 
 from __future__ import annotations

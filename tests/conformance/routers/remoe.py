@@ -9,7 +9,7 @@ DEFAULTS = dict(max_experts=0)
 CASES = [
     dict(num_experts=8, fields={}, train=True, bias=False),
     dict(num_experts=8, fields=dict(max_experts=2), train=True, bias=False),
-    dict(num_experts=8, fields=dict(max_experts=1), train=False, bias=False),
+    dict(num_experts=8, fields=dict(k=1, max_experts=1), train=False, bias=False),
 ]
 
 
