@@ -1,5 +1,6 @@
 """What a step does depends neither on how its batch is cut, nor on padding, nor on recomputation."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -169,8 +170,10 @@ def test_invariance_of_a_mechanism_to_the_cut(kind, fields, router):
     if mechanism.has_loss and router.slots:
         assert any(np.abs(g).max() > 0 for g in jax.tree.leaves(whole[1])) or kind == "load_loss"
     if not mechanism.invariant:
-        one, other = of(2), of(2)
-        jax.tree.map(np.testing.assert_array_equal, one, other)
+        # Declared for a reason; what holds given the groups is in group_invariance_test.
+        same = kind == "load_loss" and not np.any(whole[0])  # there is no noise
+        with contextlib.nullcontext() if same else pytest.raises(AssertionError):
+            assert_near(whole, of(2))
         return
     for count in (2, 4) if len(fields) < 3 else (4,):
         assert_near(whole, of(count))

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-SHARED = ("conformance", "causality", "conservation", "invariance")
+SHARED = ("conformance", "causality", "conservation", "invariance", "group_invariance")
 
 ROUTER = '''
 """Contrary choice: each token takes the experts it likes least; only a test wants that."""

@@ -13,6 +13,7 @@ from moelab import balance, data, model, parallel, step
 
 NARROW = dict(num_layers=1, width=16, num_heads=1, num_kv_heads=1, head_dim=16, dense_width=16)
 LENGTH = 8
+UNOPTIMISED = {"xla_backend_optimization_level": 0}
 # Mechanisms of all sorts whose step does not depend on how its batch is cut.
 BALANCE = dict(
     switch_loss=dict(coefficient=0.1, scope="global_batch"),
@@ -78,7 +79,8 @@ def with_every_mechanism(transformer):
 @functools.cache
 def initial_state(transformer):
     """The state before the first step; plain gradient descent with rate 1, so that parameters show gradients."""
-    state = jax.jit(lambda: step.init_state(transformer, optax.sgd(1.0), 0))()
+    made = jax.jit(lambda: step.init_state(transformer, optax.sgd(1.0), 0)).lower()
+    state = made.compile(compiler_options=UNOPTIMISED)()
     split = any(b.moe.parallel for s in transformer.segments for b in s.blocks if b.moe)
     return jax.device_put(state, parallel.placement(transformer.mesh, state, split))
 
@@ -89,7 +91,7 @@ def compiled_step(config, transformer, accumulation_steps=1):
     sharding = parallel.batch_sharding(transformer.mesh)
     batch = jax.device_put(make_batch(config.train.batch_size), sharding)
     lowered = function.lower(initial_state(transformer), batch, np.float32(1))
-    run = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    run = lowered.compile(compiler_options=UNOPTIMISED)
     return lambda state, batch, poison: run(state, jax.device_put(batch, sharding), poison)
 
 
