@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 
 # Raised when a default or the meaning of a field changes, so that hashes of published configs stay comparable.
-SCHEMA = 1
+# 2: padding makes no room under moe.capacity_factor and for expert choice; max_iterations of base is 2000, not 200.
+SCHEMA = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,7 @@ class Moe:
     num_shared_experts: int = 0  # experts that every token passes, fused into one SwiGLU
     num_dense_layers: int = 0  # the first layers that stay dense
     every: int = 1  # of the layers after those, each every-th has experts
-    capacity_factor: float = (
-        0.0  # 0: dropless; else an expert takes ceil(factor * assignments / experts)
-    )
+    capacity_factor: float = 0.0  # 0: dropless; else an expert takes ceil(factor * assignments of valid tokens / experts)
     slots_per_expert: int = (
         0  # Soft MoE (arXiv:2308.00951) with so many slots per expert and sequence; 0: a router
     )

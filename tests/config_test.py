@@ -457,7 +457,7 @@ class TestHash:
         plain = config.load(file(body())).config
         spelt = config.load(file(body("c.model = dict(width=256)", "c.seed = 0"), "b.py")).config
         assert config.sha256(plain) == config.sha256(spelt)
-        # sha256 of {"config":{},"schema":1}
+        # sha256 of {"config":{},"schema":2}
         assert config.sha256(plain).startswith(EMPTY[:16])
 
     def test_counts_every_hashed_field(self, file):
@@ -488,8 +488,8 @@ class TestHash:
         assert config.sha256(config.load(name).config) != before
 
 
-# printf '{"config":{},"schema":1}' | sha256sum
-EMPTY = "7b7871e0e799e48f05cd3f8e8ca33e2167c7c5976ac18e82683546610b38a966"
+# printf '{"config":{},"schema":2}' | sha256sum
+EMPTY = "c1b2635d316ecd3f33a46944ce2dc2a37cdd29c48a0bd9e1e0a9df3edbd50a8d"
 
 
 class TestSaved:

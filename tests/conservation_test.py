@@ -249,6 +249,23 @@ def test_conservation_of_base_with_padding(size, seed):
     assert score[mask][np.arange(mask.sum()), owner[mask]].sum() >= best - 1e-3 * 12 * np.ptp(score)
 
 
+def test_conservation_of_base_when_tokens_want_the_same():
+    """The default number of rounds ends an auction of scores that are mostly the experts' own; 200 do not."""
+    draw = np.random.default_rng(0)
+    score = 3 * draw.normal(size=(1, 8)) + 0.3 * draw.normal(size=(128, 8))
+    given = jnp.asarray(score, jnp.float32), jnp.ones((128,), bool)
+    auction = jax.jit(base.balanced_assignment)
+    owner = np.asarray(auction(*given, base.Router.max_iterations))
+    # A bound that no test could wait for: the loop stops when everybody has a place.
+    np.testing.assert_array_equal(owner, auction(*given, 10**9))
+    repeated = np.repeat(score, 16, axis=1)
+    rows, cols = scipy.optimize.linear_sum_assignment(repeated, maximize=True)
+    best, slack = repeated[rows, cols].sum(), 1e-3 * 128 * np.ptp(score)
+    total = lambda owner: score[np.arange(128), owner].sum()  # noqa: E731
+    assert total(owner) >= best - slack
+    assert total(np.asarray(auction(*given, 200))) < total(owner) - 1
+
+
 @pytest.mark.parametrize("kind", ["base", "sinkhorn"])
 def test_conservation_of_balanced_routers_with_padding_at_the_end(kind):
     router = make_router(kind)

@@ -21,9 +21,7 @@ class Router(router.Router):
     """Assigns the tokens that the device holds (the router's group) to experts of equal load."""
 
     k: int = 1  # experts per token
-    max_iterations: int = (
-        200  # rounds of the auction; tokens left then go to the free places in order
-    )
+    max_iterations: int = 2000  # most rounds of the auction; tokens left then fill free places
 
     causal = False
     reason = "in training the assignment balances all tokens of the batch, later ones included"
