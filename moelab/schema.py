@@ -43,7 +43,9 @@ class Moe:
     num_shared_experts: int = 0  # experts that every token passes, fused into one SwiGLU
     num_dense_layers: int = 0  # the first layers that stay dense
     every: int = 1  # of the layers after those, each every-th has experts
-    capacity_factor: float = 0.0  # 0: dropless; else an expert takes ceil(factor * assignments of valid tokens / experts)
+    capacity_factor: float = (
+        0.0  # 0: dropless; else an expert takes ceil(factor * valid assignments / experts)
+    )
     slots_per_expert: int = (
         0  # Soft MoE (arXiv:2308.00951) with so many slots per expert and sequence; 0: a router
     )

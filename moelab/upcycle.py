@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moelab import manifest, restack
 from moelab import model as model_lib
-from moelab import restack
 from moelab.errors import ConfigError
 
 
@@ -43,6 +43,12 @@ def problems(config) -> list[tuple[str, str]]:
             for name, value in dense["model"].items()
             if name in _SHARED and config.model[name] != value
         ]
+        found += _tokens(config, dense)
+        found += _shards(config, dense["model"]["dense_width"])
+        if not _has_checkpoint(path / "checkpoints"):
+            found.append(
+                ("upcycle.run", f"must be a finished run, {str(path)!r} has no checkpoint")
+            )
     if not moe.num_experts:
         found.append(("moe.num_experts", "must be above 0 to upcycle a dense run"))
         return found
@@ -68,6 +74,52 @@ def _saved(path: Path) -> dict | None:
         return json.loads((path / "config.json").read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _tokens(config, dense: dict) -> list[tuple[str, str]]:
+    """Fields by which the runs' tokens differ, as far as configs tell: what is in a file only the run itself sees."""
+    mine = {name: config[name].to_dict() for name in ("data", "tokenizer")}
+    names = [("tokenizer", name) for name in mine["tokenizer"]]
+    if "tokens" in (mine["data"]["kind"], dense["data"]["kind"]):
+        names = [("data", name) for name in ("kind", "vocab_size", "end_id")]
+    elif mine["tokenizer"]["kind"] == "bpe" and mine["data"]["kind"] == dense["data"]["kind"]:
+        names.append(("data", "domains"))  # of the corpus: what the merges were learned on
+    found = []
+    for section, name in names:
+        ours, theirs = mine[section].get(name), dense[section].get(name)
+        if None in (ours, theirs):
+            continue  # a field of one kind alone, and the kinds are compared
+        if sorted(theirs) != sorted(ours) if name == "domains" else theirs != ours:
+            message = f"must be {theirs}, as in upcycle.run, whose tokens are copied; got {ours}"
+            found.append((f"{section}.{name}", message))
+    return found
+
+
+def _shards(config, dense_width: int) -> list[tuple[str, str]]:
+    """What keeps the dense feed-forward from being cut into shards that the experts share evenly."""
+    moe, found = config.moe, []
+    if (moe.num_dense_layers or moe.every > 1) and config.model.dense_width != dense_width:
+        wanted = f"must be {dense_width}, as in upcycle.run, for the layers without experts"
+        found.append(("model.dense_width", f"{wanted}; got {config.model.dense_width}"))
+    shards, rest = divmod(dense_width, max(1, moe.expert_width))
+    if rest:
+        message = (
+            f"must divide {dense_width}, the dense width of upcycle.run, got {moe.expert_width}"
+        )
+        return [*found, ("moe.expert_width", message)]
+    counts = {"moe.num_experts": moe.num_experts, "router.k": config.router.k}
+    message = f"must be divisible by {shards}, the shards of the dense width {dense_width}, got"
+    return found + [(path, f"{message} {n}") for path, n in counts.items() if n % shards]
+
+
+def _has_checkpoint(path: Path) -> bool:
+    """Whether a step there can be read, by its manifest: arrays are hashed when the run reads them."""
+    for step in path.glob("[0-9]*"):
+        try:
+            return bool(manifest.read_manifest(path, int(step.name)))
+        except (manifest.DamagedError, ValueError):
+            continue
+    return False
 
 
 def weights_sum(config) -> float:

@@ -1,6 +1,7 @@
 """Upcycling: a sparse model that starts as the dense one, plain, granular, and what does not fit."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from tiny import VOCAB, make_config, make_inputs
 
 from moelab import config as configs
-from moelab import model, upcycle
+from moelab import manifest, model, upcycle
 from moelab.errors import ConfigError
 
 DENSE = dict(moe=dict(num_experts=0), model=dict(num_layers=3, dense_width=64))
@@ -28,9 +29,13 @@ def hidden(built, params, router_state):
 
 
 def save_dense(path, **sections):
-    """The saved config of a dense run."""
+    """The saved config of a dense run, and a checkpoint as far as its manifest."""
     saved = configs.record(make_config(**(DENSE | sections)))
     (path / "config.json").write_text(json.dumps(saved))
+    folder = path / "checkpoints" / "4" / "manifest"
+    folder.mkdir(parents=True, exist_ok=True)
+    described, _ = manifest.describe(4, {"w": np.zeros(2, np.float32)})
+    (folder / "metadata").write_text(json.dumps(described))
 
 
 def start(dense, tmp_path, *, router, upcycle_fields=(), **moe):
@@ -104,6 +109,55 @@ def test_a_run_of_another_model(tmp_path):
     assert {path for path, _ in upcycle.problems(config)} == {"model.num_layers", "model.width"}
     save_dense(tmp_path, moe=dict(num_experts=4))
     assert "has experts" in str(upcycle.problems(config))
+
+
+def found_by_a_dry_run(tmp_path, **sections):
+    """The problems of a config that upcycles the saved run, by path: validation reads no array."""
+    sections = {"model": {}} | sections
+    sections["model"] = DENSE["model"] | sections["model"]
+    return dict(upcycle.problems(make_config(upcycle=dict(run=str(tmp_path)), **sections)))
+
+
+@pytest.mark.parametrize(
+    "sections, path, words",
+    [
+        (dict(moe=dict(expert_width=48)), "moe.expert_width", "must divide 64"),
+        (dict(moe=dict(expert_width=128)), "moe.expert_width", "must divide 64"),
+        # 64 / 16 = 4 shards: six experts hold some more often, two chosen ones miss some.
+        (dict(moe=dict(expert_width=16, num_experts=6)), "moe.num_experts", "divisible by 4"),
+        (dict(moe=dict(expert_width=16, num_experts=4)), "router.k", "divisible by 4"),
+        (
+            dict(moe=dict(every=2), model=dict(dense_width=48)),
+            "model.dense_width",
+            "must be 64, as in upcycle.run, for the layers without experts; got 48",
+        ),
+        (dict(tokenizer=dict(kind="bpe")), "tokenizer.kind", "must be byte, .*; got bpe"),
+        (dict(data=dict(kind="tokens")), "data.kind", "must be corpus, .*; got tokens"),
+    ],
+)
+def test_a_dry_run_finds_what_does_not_fit(tmp_path, sections, path, words):
+    save_dense(tmp_path)
+    assert found_by_a_dry_run(tmp_path) == {}
+    assert re.search(words, found_by_a_dry_run(tmp_path, **sections)[path])
+
+
+def test_a_dry_run_finds_other_tokens_of_one_kind(tmp_path):
+    save_dense(tmp_path, tokenizer=dict(kind="bpe"), data=dict(domains=("code", "verse")))
+    same = dict(tokenizer=dict(kind="bpe"), data=dict(domains=("verse", "code")))
+    assert found_by_a_dry_run(tmp_path, **same) == {}
+    small = found_by_a_dry_run(tmp_path, **same | dict(tokenizer=dict(kind="bpe", vocab_size=512)))
+    assert list(small) == ["tokenizer.vocab_size"]
+    other = found_by_a_dry_run(tmp_path, **same | dict(data=dict(domains=("code",))))
+    assert list(other) == ["data.domains"]
+    save_dense(tmp_path, data=dict(kind="tokens"))
+    assert list(found_by_a_dry_run(tmp_path, data=dict(kind="tokens", end_id=7))) == ["data.end_id"]
+
+
+def test_a_dry_run_finds_that_a_run_has_no_checkpoint(tmp_path):
+    save_dense(tmp_path)
+    (tmp_path / "checkpoints" / "4" / "manifest" / "metadata").write_text("{}")
+    found = found_by_a_dry_run(tmp_path)
+    assert list(found) == ["upcycle.run"] and "no checkpoint" in found["upcycle.run"]
 
 
 @pytest.mark.parametrize(
