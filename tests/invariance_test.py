@@ -177,7 +177,7 @@ def test_invariance_of_a_mechanism_to_the_cut(kind, fields, router):
         return
     for count in (2, 4) if len(fields) < 3 else (4,):
         assert_near(whole, of(count))
-    if fields.get("scope") == "global_batch" and mechanism.counts_first:
+    if fields.get("scope") == "global_batch" and mechanism.counts == "first":
         micro = balance.make(kind, **fields | {"scope": "micro_batch"})
         value, gradient, _ = in_one_step(micro, router, params, {}, cut(x_TD, inputs, 1))
         assert_near(whole[:2], (value, gradient))

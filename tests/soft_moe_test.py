@@ -51,7 +51,7 @@ def by_hand(params, x, num_experts=4, slots=2):
     return softmax(logit, axis=1) @ outputs
 
 
-def test_against_numpy(built):
+def test_conformance_to_the_equations(built):
     run, params = block_of(built)
     x = np.random.default_rng(0).normal(size=(3, 10, 32))
     y, report, _ = jax.jit(run)(jnp.asarray(x, jnp.float32), np.ones((3, 10), bool))
@@ -60,7 +60,7 @@ def test_against_numpy(built):
     np.testing.assert_array_equal(report.load_E, [30] * 4)
 
 
-def test_padding_is_neither_mixed_in_nor_answered(built):
+def test_conservation_padding_is_neither_mixed_in_nor_answered(built):
     run, params = block_of(built)
     x = np.random.default_rng(1).normal(size=(2, 10, 32))
     mask = np.ones((2, 10), bool)
@@ -72,7 +72,18 @@ def test_padding_is_neither_mixed_in_nor_answered(built):
     np.testing.assert_array_equal(y[1], 0)
 
 
-def test_a_model_of_it_learns_leaks_and_says_so(built):
+def test_invariance_to_the_other_sequences(built):
+    """The group is the sequence: cut, reordered or beside more padding, each gives the same."""
+    run, _ = block_of(built)
+    x_BLD = np.random.default_rng(2).normal(size=(4, 10, 32)).astype(np.float32)
+    mask = np.random.default_rng(3).random((4, 10)) < np.array([[1.0], [0.7], [0.4], [0.9]])
+    whole, *_ = run(jnp.asarray(x_BLD), mask)
+    for part in ([0, 1], [2, 3], [3, 0, 2, 1]):
+        alone, *_ = run(jnp.asarray(x_BLD[part]), mask[part])
+        np.testing.assert_allclose(alone, whole[np.array(part)], rtol=1e-5, atol=1e-6)
+
+
+def test_causality_is_lost_and_said_and_every_part_learns(built):
     transformer, variables = built
     assert "later ones included" in transformer.leak
     inputs = make_inputs()
