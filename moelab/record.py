@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moelab import balancing, data, environment, evaluate, metrics, report
 from moelab import config as configs
-from moelab import data, environment, evaluate, metrics, report
 from moelab import model as model_lib
 from moelab.progress import note
 from moelab.report import card as cards
@@ -59,6 +59,7 @@ def conclude(session, config_file: str, overrides: list[str], command: str) -> d
         data=_data(dataset),
         parameters=summary["parameters"],
         leak=session.model.leak,
+        bound=bound(config),
         training={
             "steps": num_steps,
             "tokens": last["tokens"],
@@ -82,6 +83,18 @@ def _bigram(config, dataset, train_batches) -> dict[str, float]:
     seen = (train_batches[step] for step in range(config.train.num_steps))
     return data.kneser_ney.bits_per_byte(
         dataset, seen, evaluate.batches_of(config, dataset, "test")
+    )
+
+
+def bound(config) -> str:
+    """Says why a run is never ranked with others; empty where it may be."""
+    if not config.moe.num_experts or config.moe.slots_per_expert:
+        return ""
+    ranked = balancing.router_of(config).ranked
+    return (
+        ""
+        if ranked
+        else f"router.kind={config.router.kind} routes by what it is given or by chance"
     )
 
 

@@ -12,8 +12,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import run_directory
+from tiny import make_config
 
-from moelab import metrics, report, schema, trace
+from moelab import metrics, record, report, routers, schema, trace
 from moelab.report import canvas, compare, documents, facts, route_plots, routes, tables
 from moelab.report import card as cards
 from moelab.report import html as run_page
@@ -399,6 +400,28 @@ def test_a_leak_is_the_first_warning_everywhere(run_path, tmp_path, without_plot
     assert all(f"Not causal: {leak}" in text for text in texts)
     causal = _edit(run_path, tmp_path, lambda card: card.update(leak=""))
     assert not any("Not causal" in line for line in facts.warnings(report.load(causal)))
+
+
+def test_a_bound_is_marked_everywhere(run_path, tmp_path, without_plots, capsys):
+    """Oracle and uniform routing are never ranked: the card says so, and every report and comparison."""
+    bounds = {kind: record.bound(make_config(router=dict(kind=kind))) for kind in routers.KINDS}
+    marked = {kind for kind, why in bounds.items() if why}
+    assert marked == {k for k in routers.KINDS if not routers.module(k).Router.ranked}
+    assert marked == {"oracle", "uniform"}
+    assert record.bound(make_config(moe=dict(num_experts=0), router=dict(kind="uniform"))) == ""
+    alone = _edit(run_path, tmp_path, lambda card: card.update(bound=bounds["oracle"]))
+    report.print_result(alone, width=120)
+    texts = [capsys.readouterr().out]
+    texts += [report.write([alone], tmp_path / f"r{s}").read_text() for s in (".html", ".md")]
+    assert all("Bound, not ranked: router.kind=oracle" in text for text in texts)
+    both = [
+        report.write([run_path, alone], tmp_path / f"c{s}").read_text()
+        for s in (".html", ".md", ".csv")
+    ]
+    assert all("bound, not ranked" in text for text in both[:2])
+    assert "router.kind=oracle" in both[2].splitlines()[2]
+    earlier = _edit(run_path, tmp_path, lambda card: card.pop("bound"))
+    assert not any("Bound" in line for line in facts.warnings(report.load(earlier)))
 
 
 def test_the_balancing_coefficient_is_converted_where_it_is_on(

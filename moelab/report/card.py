@@ -35,12 +35,14 @@ SECTIONS = {  # key -> type, in the order in which the card is written
     "data": dict,
     "parameters": dict,
     "leak": str,  # why outputs depend on later tokens; empty where they do not
+    "bound": str,  # why the run is never ranked with others; empty where it may be
     "training": dict,
     "evaluation": dict,
     "checkpoint": dict,
     "files": dict,
     "card_sha256": str,
 }
+NEWER = ("bound",)  # cards of earlier versions have none
 
 
 class CardError(ValueError):
@@ -82,6 +84,7 @@ def build(
     evaluation: Mapping[str, Any],
     checkpoint: Mapping[str, Any],
     leak: str = "",
+    bound: str = "",
     created: str | None = None,
 ) -> dict[str, Any]:
     """Puts a card together and signs it; call it when every file of the run is complete.
@@ -112,6 +115,7 @@ def build(
         "data": data,
         "parameters": parameters,
         "leak": leak,
+        "bound": bound,
         "training": training,
         "evaluation": evaluation,
         "checkpoint": checkpoint,
@@ -174,6 +178,8 @@ def outline_problems(card: Mapping[str, Any]) -> list[str]:
     problems = []
     for key, kind in SECTIONS.items():
         if key not in card:
+            if key in NEWER:
+                continue
             problems.append(f"{NAME}: section {key!r} is missing")
         elif not isinstance(card[key], kind) or isinstance(card[key], bool):
             got = type(card[key]).__name__

@@ -21,6 +21,8 @@ SEEDS = (
     "over several paired seeds before calling one better."
 )
 
+FLAGS = {"leak": "not causal", "bound": "bound, not ranked"}  # keys of a card, and what they say
+
 
 def names(runs: Sequence[Run]) -> list[str]:
     """Names runs by their card, and by their folder where names collide."""
@@ -36,8 +38,9 @@ def compare_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Lists the unrounded numbers of the comparison, one dict per run.
 
     Returns:
-      Dicts with run, seed, leak (why it is not causal, or empty), total and active parameters, tokens, float32 bits
-      per byte per domain, and the paired difference from the first run with its bounds. None: not measured.
+      Dicts with run, seed, leak (why it is not causal, or empty), bound (why it is not ranked, or empty), total and
+      active parameters, tokens, float32 bits per byte per domain, and the paired difference from the first run with
+      its bounds. None: not measured.
 
     Raises:
       ReportError: the runs cannot be compared.
@@ -48,7 +51,8 @@ def compare_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         card, bits = run.card, (run.reference or {}).get("bits_per_byte") or {}
         difference = _difference(runs[0], run)
         rows.append(
-            {"run": name, "seed": card["seeds"].get("seed"), "leak": card.get("leak") or ""}
+            {"run": name, "seed": card["seeds"].get("seed")}
+            | {key: card.get(key) or "" for key in FLAGS}
             | {"config_sha256": card["config_sha256"]}
             | {f"parameters.{k}": card["parameters"].get(k) for k in ("total", "active")}
             | {"tokens": card["training"].get("tokens")}
@@ -79,7 +83,7 @@ def compare_table(runs: Sequence[Run]) -> Table:
         body.append(
             (
                 Cell(
-                    row["run"] + (" (not causal)" if row["leak"] else ""),
+                    row["run"] + "".join(f" ({says})" for key, says in FLAGS.items() if row[key]),
                     row["run"],
                     detail=f"config {row['config_sha256'][:12]}",
                 ),

@@ -53,6 +53,11 @@ def warnings(run: Run) -> list[str]:
             f"Not causal: {card['leak']}. The loss of a token may use what comes after it, so its "
             "numbers do not compare with those of causal models.",
         )
+    if card.get("bound"):
+        found.insert(
+            0,
+            f"Bound, not ranked: {card['bound']}. It shows what a choice can be worth; it is no method.",
+        )
     if card["data"].get("fallback"):
         found.insert(
             0,
