@@ -15,7 +15,16 @@ import run_directory
 from tiny import make_config
 
 from moelab import metrics, record, report, routers, schema, trace
-from moelab.report import canvas, compare, documents, facts, route_plots, routes, tables
+from moelab.report import (
+    canvas,
+    compare,
+    documents,
+    facts,
+    route_plots,
+    router_curves,
+    routes,
+    tables,
+)
 from moelab.report import card as cards
 from moelab.report import html as run_page
 
@@ -165,6 +174,7 @@ def test_the_page_is_self_contained_and_parses(run_path, tmp_path):
         "Loss",
         "Quality against bytes",
         "Worst overload over training",
+        "Routers over training",
         "Experts by domain",
         "Load per expert over training",
     ]
@@ -340,6 +350,7 @@ ROUTE_FIGURES = [
     "Router saturation",
     "Routing flips by precision",
     "Experts that work together",
+    "Placement of experts",
 ]
 
 
@@ -368,6 +379,24 @@ def test_traces_in_the_run_directory_add_their_figures(tmp_path):
     assert "Router saturation" not in page and "Experts that work together" in page
 
 
+def test_router_curves_show_what_was_recorded(run_path):
+    pytest.importorskip("matplotlib")
+
+    def drawn(change):
+        run = report.load(run_path)
+        for record_ in run.records("train"):
+            change(record_["router"])
+        return router_curves.figure(run)
+
+    plain = drawn(lambda router: None)
+    assert "dropped [%]" not in plain.svg and "Dropped" not in plain.caption  # zeros say nothing
+    assert all(label in plain.svg for label in ("load entropy", "dead experts", "logit norm"))
+    capped = drawn(lambda router: router.update(dropped_share=[0.2, None]))
+    assert "dropped [%]" in capped.svg and "Dropped: by a capacity" in capped.caption
+    assert "logit norm" not in drawn(lambda router: router.pop("logit_norm")).svg  # an older run
+    assert drawn(lambda router: router.update(layers=[])) is None
+
+
 def test_a_damaged_trace_is_noted_not_fatal(tmp_path, without_plots):
     path = run_directory.make(tmp_path / "run", steps=3)
     (path / "routes.npz").write_bytes(b"PK not really")
@@ -387,7 +416,7 @@ def test_traces_of_one_expert_per_token_or_one_domain_leave_figures_out():
     one = dataclasses.replace(full, expert_MTK=full.expert_MTK[..., :1], domain_T=full.domain_T * 0)
     found = routes.Routes(one)
     titles = [figure.title for figure in route_plots.figures(found, routes.summary(one))]
-    assert titles == ["Load per expert and layer"]
+    assert titles == ["Load per expert and layer", "Placement of experts"]
 
 
 def test_a_leak_is_the_first_warning_everywhere(run_path, tmp_path, without_plots, capsys):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moelab.report import canvas, heat_maps, statistics
+from moelab.report import canvas, heat_maps, router_curves, statistics
 from moelab.report import formatting as fmt
 from moelab.report.runs import REFERENCE, Run
 
@@ -30,6 +30,7 @@ def figures(run: Run) -> list[canvas.Figure]:
         loss_curve,
         quality_against_bytes,
         violation_curve,
+        router_curves.figure,
         domain_heat_map,
         load_heat_map,
     )

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from moelab import diagnostics
+from moelab import diagnostics, placement
 from moelab.report import canvas, heat_maps
 from moelab.report.routes import Routes
 
+_DEVICES = (8, 4, 2)  # of the placement that is drawn: the first that gives each two experts
 _PANELS = 4  # co-activation of so many layers is shown at most
 
 
@@ -30,6 +31,7 @@ def figures(routes: Routes, rows: Sequence[Mapping[str, Any]]) -> list[canvas.Fi
         saturation_curve(routes),
         flip_curve(routes),
         co_activation_map(routes),
+        placement_bars(routes),
     )
     return [figure for figure in drawn if figure is not None]
 
@@ -158,6 +160,38 @@ def flip_curve(routes: Routes) -> canvas.Figure | None:
             f"Share of tokens whose set of experts differs from that in {usual}, per layer: errors of earlier "
             "layers move the later routers' logits.",
             canvas.to_svg(figure, "flips"),
+        )
+
+
+def placement_bars(routes: Routes) -> canvas.Figure | None:
+    """Draws how uneven the devices' work is in serving, with experts in order and placed by the load."""
+    found = routes.final
+    fitting = (d for d in _DEVICES if found.num_experts % d == 0 and found.num_experts >= 2 * d)
+    devices = next(fitting, None)
+    if devices is None or np.unique(found.document_T).size < 2:
+        return None
+    plain = placement.evaluate_placement(found, devices)
+    spare = placement.evaluate_placement(found, devices, redundant=devices)
+    series = (
+        ("experts in order", plain.before_held_M),
+        ("placed by load", plain.after_held_M),
+        ("and one more slot per device", spare.after_held_M),
+    )
+    place_M = np.arange(len(found.layers))
+    with canvas.single(2.7) as (figure, axes):
+        for i, (name, value_M) in enumerate(series):
+            left_M = place_M + 0.27 * (i - 1)
+            axes.bar(left_M, value_M, width=0.25, color=canvas.PALETTE[(0, 5, 3)[i]], label=name)
+        _layer_ticks(axes, found.layers)
+        canvas.label_axes(axes, "MoE layer", "device MaxVio")
+        axes.grid(False, axis="x")
+        axes.set_ylim(0, 1.8 * max(1e-3, *(float(np.nanmax(value_M)) for _, value_M in series)))
+        axes.legend(frameon=False, loc="upper left")
+        return canvas.Figure(
+            "Placement of experts",
+            f"Tokens of the fullest of {devices} devices over the mean, minus 1 (0 is even), on {plain.documents[1]} "
+            f"documents that the placement did not see; it was fitted to {plain.documents[0]} others.",
+            canvas.to_svg(figure, "placement"),
         )
 
 
