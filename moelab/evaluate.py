@@ -251,7 +251,7 @@ def packed_variables(
     if quantized and recipe.expert_activation is None:
         variables["params"] = quant.unpack(rest, quantized, recipe.rotation)
     elif quantized:
-        variables["quantized"] = packing.for_device(quantized)
+        variables["quantized"] = packing.for_device(quantized, recipe.expert_activation)
     return variables, expert_bytes
 
 

@@ -171,7 +171,7 @@ def _variables(config, model: model_lib.Transformer, recipe: recipes.Recipe) -> 
     def make():
         drawn = model_lib.init(model, jax.random.key(0))
         rest, quantized = packing.pack(drawn["params"], recipe)
-        quantized = packing.for_device(quantized)
+        quantized = packing.for_device(quantized, recipe.expert_activation)
         rest = jax.tree.map(lambda a: a.astype(jnp.bfloat16), rest)
         return {"params": rest, "quantized": quantized, "router_state": drawn["router_state"]}
 

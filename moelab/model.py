@@ -16,6 +16,7 @@ import pallas_kernels
 from moelab import attention, balance, experts, moe, parallel, routers, soft_moe
 from moelab.quant import linear, precisions, recipes
 from moelab.routing import RouterInput
+from pallas_kernels import device
 
 PLAIN = recipes.named("none")
 
@@ -514,8 +515,13 @@ def summary(config, vocab_size: int) -> dict:
     """
     from moelab import optimizer
 
-    model = from_config(config, vocab_size, parallel.abstract_mesh())
-    shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))["params"]
+    shown = config.copy_and_resolve_references()
+    shown.moe.implementation = "auto"
+    model = from_config(shown, vocab_size, parallel.abstract_mesh())
+    with device.assume(
+        device.CPU
+    ):  # shapes are the same everywhere; to ask which GPU is here would start it
+        shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))["params"]
     state = jax.eval_shape(optimizer.make(config, shapes).init, shapes)
     total, expert = 0, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):

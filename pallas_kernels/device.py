@@ -42,6 +42,8 @@ class Device:
         return f"{self.name} (sm_{self.capability[0]}{self.capability[1]})"
 
 
+CPU = Device("cpu", "cpu")
+
 _ASSUMED: contextvars.ContextVar[Device | None] = contextvars.ContextVar("device", default=None)
 
 

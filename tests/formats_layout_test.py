@@ -236,11 +236,15 @@ def test_arranged_for_tensor_cores_and_back(format):
     # Slicing the leading axis, as scan does, keeps an expert's own tiles.
     one = jax.tree.map(lambda leaf: leaf[1], tiles)
     assert np.array_equal(formats.dequantize(one), formats.dequantize(q)[1])
+    rows_innermost = formats.arranged(tiles, "block_major")
+    assert np.array_equal(rows_innermost.scales, np.swapaxes(q.scales, 1, 2))
+    assert np.array_equal(formats.arranged(rows_innermost, "tcgen05").scales, tiles.scales)
+    assert np.array_equal(formats.dequantize(rows_innermost), formats.dequantize(q))
 
 
 def test_arranged_refuses_what_has_no_tiles():
     q = formats.quantize(jnp.ones((128, 128)), "fp8_block")
     with pytest.raises(ValueError, match="only byte scales"):
         formats.arranged(q, "tcgen05")
-    with pytest.raises(ValueError, match="linear or tcgen05"):
+    with pytest.raises(ValueError, match="one of linear, tcgen05, block_major"):
         formats.arranged(q, "hopper")

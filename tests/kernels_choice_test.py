@@ -14,7 +14,7 @@ B200 = device.Device("gpu", "B200", (10, 0), 2)
 H100 = device.Device("gpu", "H100", (9, 0), 2)
 A100 = device.Device("gpu", "A100", (8, 0), 2)
 RTX = device.Device("gpu", "RTX PRO 6000", (12, 0), 2)
-CPU = device.Device("cpu", "cpu")
+CPU = device.CPU
 SIZES = jnp.array([30, 0, 61], jnp.int32)
 
 
@@ -81,10 +81,13 @@ def test_the_table_for_people():
 
 def test_weights_are_arranged_for_the_device():
     w = formats.quantize(jnp.ones((2, 3, 128, 256)), "nvfp4")
-    assert choice.for_device(w, B200).layout == "tcgen05"
-    assert choice.for_device(choice.for_device(w, B200), CPU).layout == "linear"
+    loaded = choice.for_device(w, "nvfp4", B200)
+    assert loaded.layout == "tcgen05"
+    assert choice.for_device(loaded, "nvfp4", CPU).layout == "linear"
+    assert choice.for_device(loaded, None, B200).layout == "linear"  # Triton's, weight-only
+    assert choice.for_device(w, None, H100).layout == "block_major"
     fp8 = formats.quantize(jnp.ones((2, 128, 256)), "fp8_block")
-    assert choice.for_device(fp8, B200).layout == "linear"
+    assert choice.for_device(fp8, None, B200).layout == "linear"
 
 
 def in_interpreter():
@@ -148,7 +151,7 @@ def test_packed_weights_in_tensor_core_layout_give_the_same():
 
     want = run(w)
     with device.assume(B200), in_interpreter():
-        np.testing.assert_allclose(run(choice.for_device(w)), want, rtol=2e-5, atol=2e-4)
+        np.testing.assert_allclose(run(choice.for_device(w, "nvfp4")), want, rtol=2e-5, atol=2e-4)
 
 
 def test_expert_mlp_runs_both_layers_in_the_kernel():

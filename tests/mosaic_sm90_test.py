@@ -40,7 +40,7 @@ _FORMATS = ("nvfp4", "mxfp4")
 def _compiled(x_TK, w, sizes_E, *, tiling=_SMALL, num_sms=1, **options):
     """Returns a compiled call, and its arguments."""
     options = {"out_dtype": jnp.float32, "interpret": _INTERPRET} | options
-    names = ("expert_scale_E", "row_scale_T", "bias_EN", "scale_EBN")
+    names = ("expert_scale_E", "row_scale_T", "bias_EN")
     arrays = {name: options.pop(name, None) for name in names}
 
     def call(x_TK, w, sizes_E, arrays):
@@ -122,9 +122,9 @@ def test_reference(format, tiling, out_dtype, tolerance):
         "row_scale_T": jnp.asarray(rng.uniform(0.5, 2, num_rows), jnp.float32),
         "bias_EN": jnp.asarray(rng.normal(size=(3, 128)), jnp.bfloat16),
     }
-    scale_EBN = mosaic_sm90.scales_by_block(formats.arranged(w, "tcgen05"))
-    options = dict(tiling=tiling, out_dtype=out_dtype, scale_EBN=scale_EBN, **extras)
-    got = np.asarray(_call(x_TK, w, sizes, **options), np.float32)
+    options = dict(tiling=tiling, out_dtype=out_dtype, **extras)
+    loaded = formats.arranged(formats.arranged(w, "tcgen05"), "block_major")
+    got = np.asarray(_call(x_TK, loaded, sizes, **options), np.float32)
     expected = reference.grouped_matmul(
         x_TK, w, jnp.asarray(sizes), extras["bias_EN"], extras["row_scale_T"], jnp.float32
     )
@@ -349,7 +349,7 @@ def test_refuses():
     refused("row_scale_T", row_scale_T=jnp.ones(9))
     refused("expert_scale_E", expert_scale_E=jnp.ones(2, jnp.bfloat16))
     refused("bias_EN", bias_EN=jnp.ones((2, 64)))
-    refused("scale_EBN", scale_EBN=w.scales)
+    refused("scale_EBN", w=dataclasses.replace(w, scales=w.scales[:, :64]))
     refused("out_dtype", out_dtype=jnp.float8_e4m3fn)
     refused("num_sms", num_sms=0)
     refused("shared memory", tiling=Tiling(tile_n=256, tile_k=64, stages=6), out_dtype=jnp.float32)

@@ -69,10 +69,15 @@ def unpack(
     return merged
 
 
-def for_device(quantized: Mapping[str, Any]) -> dict:
-    """Returns packed experts with their scales as the kernels of this device read them: once, when they are loaded."""
+def for_device(quantized: Mapping[str, Any], activations: str | None) -> dict:
+    """Returns packed experts with their scales as the kernels of this device read them: once, when they are loaded.
+
+    Args:
+      quantized: from `pack`.
+      activations: the format of the experts' activations; None for bfloat16.
+    """
     return jax.tree.map(
-        lambda leaf: choice.for_device(leaf) if _is_packed(leaf) else leaf,
+        lambda leaf: choice.for_device(leaf, activations) if _is_packed(leaf) else leaf,
         quantized,
         is_leaf=_is_packed,
     )

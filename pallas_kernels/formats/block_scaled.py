@@ -47,6 +47,8 @@ from pallas_kernels.formats.elements import E2M1, E4M3
 from pallas_kernels.formats.layout import pack, swizzle, unpack, unswizzle
 from pallas_kernels.formats.table import FORMATS, Format
 
+LAYOUTS = ("linear", "tcgen05", "block_major")  # of scales
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +60,15 @@ class BlockScaled:
     Attributes:
       codes: uint8 [..., K / 2], two 4-bit codes a byte, low nibble first; [..., K] for 8-bit formats. Integers are
         two's complement.
-      scales: uint8 [..., K / block], E4M3 or E8M0 bits (linear layout; `layout` "tcgen05" for tensor cores), equal in
+      scales: uint8 [..., K / block], E4M3 or E8M0 bits (linear layout; see `layout` for the others), equal in
         the 16 rows of a 2D tile; float32 [..., ceil(N / 128), ceil(K / 128)] for fp8_block, [..., ceil(K / 128)] for
         fp8_row128, [...] for the channels and the leading axes for fp8_tensor; bfloat16 [..., K / 32] for int4_group.
       global_amax: float32, of the leading axes: the amax over everything else, of finite blocks (NVFP4); else None.
       format: key of FORMATS.
       rule: scale rule, one of the format's.
-      layout: how the scales lie: "linear", or "tcgen05", the 128x4 tiles of Blackwell's tensor cores, uint8
-        [..., ceil(N / 128), ceil(K / block / 4), 32, 16] (`arranged` makes it, once, when weights are loaded).
+      layout: how the scales lie (`arranged` changes it, once, when weights are loaded): "linear"; "tcgen05", the 128x4
+        tiles of Blackwell's tensor cores, uint8 [..., ceil(N / 128), ceil(K / block / 4), 32, 16]; or "block_major",
+        rows innermost, uint8 [..., K / block, N], as Hopper's kernel copies them.
 
     What `quantize` makes, and whoever else makes one must keep: a scale is NaN (E4M3 0x7f, E8M0 0xff) or finite and not
     negative; below a NaN scale all codes are 0; below a zero scale they are +-0, and so is the value; global_amax is
@@ -169,19 +172,24 @@ def arranged(q: BlockScaled, layout: str) -> BlockScaled:
     Raises:
       ValueError: an unknown layout, or one that the format has no use for (float scales are always linear).
     """
-    if layout not in ("linear", "tcgen05"):
-        raise ValueError(f"layout must be linear or tcgen05, got {layout!r}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if layout == q.layout:
         return q
     spec = FORMATS[q.format]
     if spec.float_scales or q.ndim < 2:
         raise ValueError(
-            f"only byte scales of at least two axes have tiles, got {q.format} of shape {q.shape}"
+            f"only byte scales of at least two axes can be arranged, got {q.format} of shape {q.shape}"
         )
+    scales = q.scales
+    if q.layout == "tcgen05":
+        scales = unswizzle(scales, q.shape[-2], q.shape[-1] // spec.block)
+    elif q.layout == "block_major":
+        scales = jnp.swapaxes(scales, -1, -2)
     if layout == "tcgen05":
-        scales = swizzle(q.scales)
-    else:
-        scales = unswizzle(q.scales, q.shape[-2], q.shape[-1] // spec.block)
+        scales = swizzle(scales)
+    elif layout == "block_major":
+        scales = jnp.swapaxes(scales, -1, -2)
     return dataclasses.replace(q, scales=scales, layout=layout)
 
 

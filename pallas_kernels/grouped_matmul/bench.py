@@ -90,13 +90,14 @@ def _of_shape(shape: Shape, here: device.Device, repeats: int) -> list[dict[str,
     sizes_E = jnp.bincount(expert_T, length=shape.experts).astype(jnp.int32)
 
     @functools.cache
-    def packed(format: str) -> formats.BlockScaled:
+    def packed(format: str, layout: str) -> formats.BlockScaled:
         q = jax.jit(formats.quantize, static_argnums=1)(w_ENK, format)
-        return choice.for_device(q, here)
+        return formats.arranged(q, layout)
 
     calls, memory = {}, {}
     for case in _cases(shape, here, dtype):
-        w = w_ENK if case.w is None else packed(case.w)
+        kernel = kernels.KERNELS.get(case.implementation)
+        w = w_ENK if case.w is None else packed(case.w, kernel.layout if kernel else "linear")
         calls[case.name], found = timing.compiled(_product(case), (x_TK, w, sizes_E))
         stored = sum(leaf.nbytes for leaf in jax.tree.leaves(w))
         memory[case.name] = (stored + found.temp_size_in_bytes) / w_ENK.nbytes

@@ -108,15 +108,18 @@ def table(here: device.Device) -> dict[str, str]:
     return found
 
 
-def for_device(w: formats.BlockScaled, here: device.Device | None = None) -> formats.BlockScaled:
-    """Returns packed weights with their scales as the kernels of a device read them: once, when weights are loaded.
+def for_device(
+    w: formats.BlockScaled, activations: str | None, here: device.Device | None = None
+) -> formats.BlockScaled:
+    """Returns packed weights with their scales as the kernel that will read them does: once, when weights are loaded.
 
     Args:
       w: (..., E, N, K).
+      activations: the format that activations are quantized to; None for bfloat16.
       here: None: the current device.
     """
-    here = device.current() if here is None else here
-    four_bits = formats.FORMATS[w.format].element.bits == 4 and w.ndim > 1
-    byte_scales = not formats.FORMATS[w.format].float_scales
-    tiles = here.is_tcgen05 and four_bits and byte_scales
-    return formats.arranged(w, "tcgen05" if tiles else "linear")
+    if w.ndim < 3:
+        return formats.arranged(w, "linear")
+    problem = kernels.Problem(1, *w.shape[-3:], activations or "bfloat16", w.format)
+    kernel = kernels.choose(problem, device.current() if here is None else here)
+    return formats.arranged(w, kernel.layout if kernel else "linear")

@@ -59,6 +59,7 @@ class Kernel:
       majors: major compute capabilities that it runs on.
       inputs_multiple: K must be one of these many.
       outputs_multiple: N must be.
+      layout: how it reads the scales of weights, see `formats.BlockScaled`.
       extra: the optional extra of pyproject.toml whose packages it needs, and the package to look for.
     """
 
@@ -69,6 +70,7 @@ class Kernel:
     majors: tuple[int, ...]
     inputs_multiple: int
     outputs_multiple: int
+    layout: str
     extra: tuple[str, str] | None = None
 
     def wrong_device(self, device: Device) -> str:
@@ -148,10 +150,22 @@ class Kernel:
 _BF16, _TRITON = ("bfloat16",), ("aot", "jax_triton")
 # In the order in which they are tried.
 _ALL = (
-    Kernel("mosaic_sm100", "W4A4, tcgen05 block-scaled MMA", _W4, _W4, (10,), 256, 128),
-    Kernel("triton_w4a4", "W4A4, mma.sync block-scaled", _W4, _W4, (12,), 128, 16, _TRITON),
-    Kernel("mosaic_sm90", "W4A16, wgmma", _BF16, _W4, (9,), 64, 64),
-    Kernel("triton_w4a16", "W4A16, sm_80 to sm_120", _BF16, _W4, (8, 9, 10, 12), 32, 16, _TRITON),
+    Kernel("mosaic_sm100", "W4A4, tcgen05 block-scaled MMA", _W4, _W4, (10,), 256, 128, "tcgen05"),
+    Kernel(
+        "triton_w4a4", "W4A4, mma.sync block-scaled", _W4, _W4, (12,), 128, 16, "linear", _TRITON
+    ),
+    Kernel("mosaic_sm90", "W4A16, wgmma", _BF16, _W4, (9,), 64, 64, "block_major"),
+    Kernel(
+        "triton_w4a16",
+        "W4A16, sm_80 to sm_120",
+        _BF16,
+        _W4,
+        (8, 9, 10, 12),
+        32,
+        16,
+        "linear",
+        _TRITON,
+    ),
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ALL}
 
@@ -206,8 +220,9 @@ def _call(
     x, w, sizes_E = operands
     if kernel == "mosaic_sm100":
         options |= dict(tiling=tiling_of(x.shape[0], x.format, w, out_dtype, device))
-    else:  # a copy of the scales, if they were arranged for the other kernel of this GPU
-        w = formats.arranged(w, "linear")
+    w = formats.arranged(
+        w, KERNELS[kernel].layout
+    )  # a copy, if they were arranged for the other kernel of this GPU
     return module.grouped_matmul_codes(x, w, sizes_E, **options)
 
 

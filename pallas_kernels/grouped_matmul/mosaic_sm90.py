@@ -19,18 +19,9 @@ from pallas_kernels.grouped_matmul import mosaic_sm90_loop as loop
 from pallas_kernels.grouped_matmul import mosaic_sm90_rows as rows
 from pallas_kernels.grouped_matmul.mosaic_sm90_tiling import Tiling, default_tiling
 
-__all__ = ["Tiling", "default_tiling", "grouped_matmul_codes", "scales_by_block"]
+__all__ = ["Tiling", "default_tiling", "grouped_matmul_codes"]
 
 OUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-
-
-def scales_by_block(w: BlockScaled) -> jax.Array:
-    """Returns block scales with weight rows innermost, as the kernel's copies need them: uint8 (E, K / block, N).
-
-    A transposition of all scales, an eighth (NVFP4) or a sixteenth (MXFP4) of the bytes of the codes: do it once, when
-    weights are loaded, and pass the result as `scale_EBN`.
-    """
-    return jnp.swapaxes(arranged(w, "linear").scales, 1, 2)
 
 
 def grouped_matmul_codes(
@@ -41,7 +32,6 @@ def grouped_matmul_codes(
     expert_scale_E: jax.Array | None = None,
     row_scale_T: jax.Array | None = None,
     bias_EN: jax.Array | None = None,
-    scale_EBN: jax.Array | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
     tiling: Tiling | None = None,
     num_sms: int,
@@ -56,12 +46,12 @@ def grouped_matmul_codes(
 
     Args:
       x_TK: bfloat16 (T, K). Its products with code * scale are exact.
-      w: (E, N, K) in "nvfp4" (also 2D and 4/6) or "mxfp4". N a multiple of tile_m, K of tile_k.
+      w: (E, N, K) in "nvfp4" (also 2D and 4/6) or "mxfp4". N a multiple of tile_m, K of tile_k. Scales that are not in
+        the layout "block_major" are transposed here, in every call: arrange them once, when weights are loaded.
       group_sizes_E: int32 (E,), rows per expert; groups end where x does.
       expert_scale_E: float32 (E,); None is w's global scale, 1 for MXFP4.
       row_scale_T: float32 (T,), or None for 1.
       bias_EN: float (E, N), added in float32 before the cast, or None.
-      scale_EBN: `scales_by_block(w)`; None makes them here, in every call.
       out_dtype: bfloat16, float16 or float32.
       tiling: sizes, within the budget of shared memory; None is `default_tiling` for T / E rows an expert.
       num_sms: streaming multiprocessors to use.
@@ -85,8 +75,7 @@ def grouped_matmul_codes(
         expert_scale_E = global_scale(w)
     if expert_scale_E is None:
         expert_scale_E = jnp.ones(num_experts, jnp.float32)
-    if scale_EBN is None:
-        scale_EBN = scales_by_block(w)
+    scale_EBN = arranged(w, "block_major").scales
     blocks = depth // FORMATS[w.format].block
     expected = {
         "group_sizes_E": (group_sizes_E, (num_experts,), jnp.int32),

@@ -22,26 +22,22 @@ INSTRUCTIONS_PER_PAIR = 13
 
 
 def _build(target: Target, *, format: str, rows: int) -> Program:
-    from pallas_kernels import formats
     from pallas_kernels.grouped_matmul import mosaic_sm90
 
     num_rows = EXPERTS * rows
 
-    def fn(x, w, scale_EBN, sizes_E, row_scale_T):
+    def fn(x, w, sizes_E, row_scale_T):
         return mosaic_sm90.grouped_matmul_codes(
             x,
             w,
             sizes_E,
-            scale_EBN=scale_EBN,
             row_scale_T=row_scale_T,
             num_sms=target.num_sms,
         )
 
-    blocks = INPUTS // formats.FORMATS[format].block
     return fn, (
         array(num_rows, INPUTS, dtype=jnp.bfloat16),
-        packed((EXPERTS, OUTPUTS, INPUTS), format, "linear"),
-        array(EXPERTS, blocks, OUTPUTS, dtype=jnp.uint8),
+        packed((EXPERTS, OUTPUTS, INPUTS), format, "block_major"),
         array(EXPERTS, dtype=jnp.int32),
         array(num_rows),
     )
@@ -99,8 +95,7 @@ def _case(name: str, format: str) -> Case:
             expect.no_spills,
             expect.within_limits,
             expect.memories(shared_at_most=tiling.smem_bytes(format, jnp.bfloat16)),
-            # The scales of w itself are not read: they come with the weight's rows innermost.
-            expect.packed_as_they_are("args[1].codes", "args[2]"),
+            expect.packed_as_they_are("args[1].codes", "args[1].scales"),
             expect.temp_at_most(reordered + 64 * 1024),
         ),
         each_gpu=name == "prefill",

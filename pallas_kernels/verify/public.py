@@ -24,11 +24,13 @@ _KERNELS = {
 }
 
 
-def loaded(shape: tuple[int, ...], format: str, target: Target) -> formats.BlockScaled:
+def loaded(
+    shape: tuple[int, ...], format: str, activations: str | None, target: Target
+) -> formats.BlockScaled:
     """Describes a packed weight as it is after loading on this GPU."""
     from pallas_kernels.grouped_matmul import choice
 
-    arrange = functools.partial(choice.for_device, here=target.device)
+    arrange = functools.partial(choice.for_device, activations=activations, here=target.device)
     return jax.eval_shape(arrange, packed(shape, format, "linear"))
 
 
@@ -42,7 +44,7 @@ def _product(target: Target, *, activations: str) -> Program:
 
     return fn, (
         array(ROWS, WIDTH, dtype=jnp.bfloat16),
-        loaded((EXPERTS, 2 * HIDDEN, WIDTH), "nvfp4", target),
+        loaded((EXPERTS, 2 * HIDDEN, WIDTH), "nvfp4", precision.x, target),
         array(EXPERTS, dtype=jnp.int32),
     )
 
@@ -65,8 +67,8 @@ def _experts(target: Target, *, format: str) -> Program:
     index = array(ROWS, dtype=jnp.int32)
     return fn, (
         array(TOKENS, WIDTH, dtype=jnp.bfloat16),
-        loaded((EXPERTS, 2 * HIDDEN, WIDTH), format, target),
-        loaded((EXPERTS, WIDTH, HIDDEN), format, target),
+        loaded((EXPERTS, 2 * HIDDEN, WIDTH), format, format, target),
+        loaded((EXPERTS, WIDTH, HIDDEN), format, format, target),
         index,
         index,
         array(ROWS),

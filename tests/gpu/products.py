@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import device, formats
-from pallas_kernels.grouped_matmul.choice import for_device
 
 ONE = 2  # the code of 1.0 in E2M1
 UNIT_SCALE = {"nvfp4": 0x38, "mxfp4": 127}  # the scale byte of 1.0
@@ -37,7 +36,7 @@ def product(kernel, x, w, sizes, out_dtype=jnp.float32) -> np.ndarray:
     if "bfloat16" in kernel.x:
         x = formats.dequantize(x).astype(jnp.bfloat16)
     here, out_dtype = device.current(), jnp.dtype(out_dtype)
-    w = for_device(w, here)
+    w = formats.arranged(w, kernel.layout)
 
     def run(x, w, sizes):
         return kernel.product(x, w, sizes, None, None, out_dtype, here)
