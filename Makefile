@@ -27,7 +27,7 @@ demo: $(INSTALLED)
 	@$(VENV)/bin/moelab run --config=experiments/demo.py --workdir=runs/demo
 
 test: $(WITH_AOT)
-	@$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations=15 -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(WITH_AOT)
 	@$(VENV)/bin/python -m pytest -q --durations=15 -m slow $(PYTEST_ARGS)

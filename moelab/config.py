@@ -285,6 +285,12 @@ def check_directory(config: ml_collections.ConfigDict, workdir: str | Path) -> N
             return
         raise ConfigError(f"{workdir} is not empty and holds no run; choose another --workdir")
     saved = load(workdir).config
+    written = json.loads((workdir / "config.json").read_text(encoding="utf-8")).get("schema")
+    if written != schema.SCHEMA:
+        raise ConfigError(
+            f"{workdir} holds a run under schema {written!r} of configs; this moelab has {schema.SCHEMA}, where "
+            "defaults or meanings differ; choose another --workdir"
+        )
     if sha256(saved) != sha256(config):
         pairs = [
             f"{path} ({old} there, {new} now)"

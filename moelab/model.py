@@ -274,6 +274,12 @@ class Transformer(nn.Module):
         routed = next((b.moe.leak for b in blocks if b.moe is not None and b.moe.leak), "")
         return routed or self.scale_leak
 
+    @property
+    def group(self) -> str:
+        """Among which tokens the routing lets results depend on one another; see `moe.MoeConfig.group`."""
+        blocks = (block for segment in self.segments for block in segment.blocks)
+        return next((b.moe.group for b in blocks if b.moe is not None and b.moe.group), "")
+
 
 def head(model: Transformer, params: dict) -> jax.Array:
     """Returns the output head, (V, D) float32, rounded where the model's precision says so."""

@@ -64,6 +64,16 @@ class MoeConfig:
             return "where a device has no room for a row, later tokens' rows may take it from earlier ones"
         return ""
 
+    @property
+    def group(self) -> str:
+        """Among which tokens choices depend on one another, so that results vary with its cut; empty: none."""
+        if self.slots_per_expert:
+            return "sequence"
+        limited = self.capacity_factor and self.router.slots
+        if self.router.competes or limited or (self.parallel and self.receive_factor):
+            return "micro-batch of a device"
+        return ""
+
 
 class LayerReport(NamedTuple):
     """What leaves a MoE layer besides its output, reduced over tokens but for `rows` and `trace`.

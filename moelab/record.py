@@ -59,6 +59,7 @@ def conclude(session, config_file: str, overrides: list[str], command: str) -> d
         data=_data(dataset),
         parameters=summary["parameters"],
         leak=session.model.leak,
+        group=session.model.group,
         bound=bound(config),
         training={
             "steps": num_steps,

@@ -21,8 +21,8 @@ class Router(nn.Module):
     Class attributes say what holds for a router; where it depends on the fields, they are properties.
 
     causal: no output depends on a later token of the sequence. Where it is False, `reason` says why.
-    competes: tokens compete with the other tokens of their micro-batch on their device, so that a choice depends on
-      how the batch is cut.
+    competes: tokens compete with the other tokens of their micro-batch on their device, with a capacity or without one,
+      so that a choice depends on how the batch is cut. Under a capacity those of all routers do: `moe.MoeConfig.group`.
     takes_bias: a balancing bias steers its selection.
     learns: its choice depends on parameters, which a loss can move.
     scores_learn: its logits and scores do, whether they choose or only weigh.

@@ -242,6 +242,7 @@ def test_layers_are_listed_repetition_by_repetition_and_block_by_block():
     assert [int(value) for value in found.values()] == [10, 20, 11, 21]
 
 
+@pytest.mark.slow
 def test_dropped_assignments_do_not_count():
     config, params, state = make_model(
         moe=dict(num_experts=8, num_dense_layers=1, capacity_factor=0.5)
@@ -255,6 +256,7 @@ def test_dropped_assignments_do_not_count():
         assert_close(done.gate_up.hessian_EKK[own], hessian[layer][own])
 
 
+@pytest.mark.slow
 def test_expert_choice_is_collected_too():
     config, params, state = make_model(router=dict(kind="expert_choice"))
     found = calibration.calibrate(config, DATASET, params, state, [make_batch(2)], min_tokens=1)
@@ -352,6 +354,7 @@ def test_bad_input_is_one_clear_error():
 # --- whole trees ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_quantized_trees_have_the_shape_of_pack():
     config, params, state = make_model(model=dict(num_layers=3, width=64))
     found = calibration.calibrate(config, DATASET, params, state, [make_batch(0)], min_tokens=4)

@@ -60,7 +60,9 @@ class TestCompiled:
     def test_one_b200(self):
         found = compiled("", "b200", 1, "moe.num_experts=16")
         assert found.problems() == []
-        assert found.kernels["grouped_matmul_nvfp4"] == 2 and found.collectives == ()
+        # One scanned layer: rows and activations to codes, gate and up with SwiGLU, down.
+        fused = dict(quantize_nvfp4=2, gate_up_swiglu_nvfp4=1, grouped_matmul_nvfp4=1)
+        assert found.kernels == fused and found.collectives == ()
         assert found.expert_parameters == 2 * 16 * 3 * 512 * 1024
 
     def test_experts_split_over_eight_b200(self):

@@ -15,7 +15,7 @@ from routing_cases import apply, apply_with_capacity, dense, make_params, make_r
 from small_step import UNOPTIMISED, initial_state, make_batch, small_config, train_step
 from tiny import VOCAB
 
-from moelab import balance, model, parallel, routers
+from moelab import balance, model, moe, parallel, routers
 
 COMPETING = [
     pytest.param(kind, *variant, id=f"{kind}-{i}")
@@ -61,6 +61,22 @@ def test_invariance_to_the_cut_is_lost_under_a_capacity(kind):
     """Whoever is first come, first served: places are per group, whatever the router declares."""
     router = make_router(kind)
     assert any(cut_matters(router, apply_with_capacity, seed) for seed in range(20))
+
+
+@pytest.mark.parametrize("kind", routers.KINDS)
+def test_invariance_given_the_group_that_a_block_declares(kind):
+    """The two tests above say what a choice depends on; a block and its model say the same in words."""
+    router = make_router(kind)
+
+    def group(**fields):
+        return moe.MoeConfig(router=router, mechanisms=(), expert_width=8, **fields).group
+
+    device = "micro-batch of a device"
+    assert group() == (device if router.competes else "")
+    limited = router.competes or router.slots is not None
+    assert group(capacity_factor=1.0) == (device if limited else "")
+    assert group(parallel=True, receive_factor=1.5) == device
+    assert group(slots_per_expert=1) == "sequence"
 
 
 def cut_matters(router, route, seed):

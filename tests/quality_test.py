@@ -344,6 +344,7 @@ class TestOfTheRows:
         pairs = zip(weight_only["output_sqnr_db"], both["output_sqnr_db"], strict=True)
         assert all(a > b + 1 for a, b in pairs)
 
+    @pytest.mark.slow
     def test_chunks_of_logits_change_nothing(self, setup, monkeypatch):
         monkeypatch.setattr(
             quality_steps, "_LOGITS", 2 * 257 * 5
@@ -367,6 +368,7 @@ class TestOfTheRows:
             with pytest.raises(ConfigError, match="wants a run with experts that a router"):
                 quality.compare(config, setup.dataset, "test", setup.reference, [])
 
+    @pytest.mark.slow
     def test_experts_that_choose_have_no_order(self, text):
         router = dict(kind="expert_choice", k=K)
         config = configs.from_dict(

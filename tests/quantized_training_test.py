@@ -43,6 +43,7 @@ def losses(records):
     return [r["loss"] for r in records]
 
 
+@pytest.mark.slow
 def test_a_late_switch_is_plain_before_and_quantized_after(run):
     now = dict(warmup_steps=0)  # so that the first step moves the weights
     plain, late, early, whole = (
@@ -62,6 +63,7 @@ def test_a_recipe_changes_training_and_its_card(run, plain):
     assert result.card["config"]["quantization"]["recipe"] == "nvfp4_qat"
 
 
+@pytest.mark.slow
 def test_continuing_starts_where_the_other_run_ended(run, plain):
     directory = plain[0].directory
     result, records = run(train=dict(start_from=str(directory)), schedule=dict(warmup_steps=3))
@@ -80,6 +82,7 @@ def test_continuing_from_another_model_is_refused(run, plain):
         run(**sections)
 
 
+@pytest.mark.slow
 def test_distilling_oneself_has_no_divergence(run, plain):
     directory = str(plain[0].directory)
     sections = dict(train=dict(start_from=directory), quantization=dict(teacher=directory))
@@ -101,6 +104,7 @@ def test_distilling_into_four_bits_brings_the_student_closer(run, plain):
     assert 0 < min(divergence) and np.mean(divergence[-4:]) < np.mean(divergence[:4])
 
 
+@pytest.mark.slow
 def test_half_a_teacher_is_half_the_loss(run, plain):
     directory = str(plain[0].directory)
     quantization = dict(recipe="mxfp4_qat", teacher=directory, teacher_share=0.5, temperature=2.0)
@@ -109,6 +113,7 @@ def test_half_a_teacher_is_half_the_loss(run, plain):
         assert r["total_loss"] == pytest.approx((r["loss"] + r["divergence"]) / 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_oscillation_is_measured_and_reset(run):
     quantization = dict(
         recipe="nvfp4_qat", flip_every=2, reset_every=3, reset_window=3, reset_ratio=1e-3
@@ -120,6 +125,7 @@ def test_oscillation_is_measured_and_reset(run):
     assert [r["reset_weights"] > 0 for r in records] == [False, False, True, False]
 
 
+@pytest.mark.slow
 def test_oscillation_leaves_layers_and_steps_in_high_precision_alone(run):
     """Resets would show in the weights: they become what they round to."""
     quantization = dict(recipe="nvfp4_qat", flip_every=1, first_layers=1, reset_every=2)
@@ -140,6 +146,7 @@ def test_oscillation_leaves_layers_and_steps_in_high_precision_alone(run):
     assert share["segment_0"] < 0.05 < 0.5 < share["segment_1"]
 
 
+@pytest.mark.slow
 def test_what_happens_between_two_records_is_not_lost(run):
     quantization = dict(
         recipe="nvfp4_qat", flip_every=2, reset_every=3, reset_window=3, reset_ratio=1e-3
@@ -152,6 +159,7 @@ def test_what_happens_between_two_records_is_not_lost(run):
     assert few[-1]["flip_rate"] == every[3]["flip_rate"]
 
 
+@pytest.mark.slow
 def test_continuing_with_layers_in_high_precision(run, tmp_path):
     sections = dict(model=dict(num_layers=3), train=dict(num_steps=2))
     base, _ = run(**sections)
@@ -165,6 +173,7 @@ def test_continuing_with_layers_in_high_precision(run, tmp_path):
     assert losses(records) != losses(plain_records)
 
 
+@pytest.mark.slow
 def test_a_validation_says_what_it_computed(run):
     result, _ = run(
         quantization=RECIPE | dict(start_step=2), evaluation=dict(every=1), train=dict(num_steps=3)
@@ -174,6 +183,7 @@ def test_a_validation_says_what_it_computed(run):
     assert names[:2] == ["float32", "nvfp4_training"]
 
 
+@pytest.mark.slow
 def test_the_card_has_a_row_of_the_recipe_that_trained(run):
     result, _ = run(moe=dict(num_experts=0), quantization=dict(recipe="nvfp4_qat"), balance={})
     rows = {row["precision"]: row for row in result.card["evaluation"]["rows"]}
@@ -190,11 +200,13 @@ def test_the_teacher_is_recorded(run, plain):
     assert event["detail"]["digest"] == plain[0].card["checkpoint"]["digest"]
 
 
+@pytest.mark.slow
 def test_soft_moe_trains_with_quantized_gradients(run):
     _, records = run(moe=dict(slots_per_expert=2), quantization=RECIPE, balance={})
     assert np.isfinite(losses(records)).all()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_the_same_path(run, tmp_path, monkeypatch):
     # Stopped by non-finite steps in the middle of the window and of the recipe, then resumed.
     sections = dict(

@@ -138,14 +138,17 @@ def starts(records: list[dict]) -> list[int]:
     return [i for i, r in enumerate(records) if r.get("event") in ("started", "resumed")]
 
 
-def wait_until_training(lab: Lab, name: str, process: subprocess.Popen, starts_before: int) -> None:
-    """Waits until the attempt under way has written a training step."""
+def wait_until_training(
+    lab: Lab, name: str, process: subprocess.Popen, starts_before: int, steps: int = 0
+) -> None:
+    """Waits until the attempt under way has written a training step, and so many more."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         assert process.poll() is None, f"ended early, {process.returncode}: {lab.log(name)}"
         records = lab.records(name)
         found = starts(records)
-        if len(found) > starts_before and records[-1]["kind"] == "train":
+        written = records[found[-1] + 1 :] if len(found) > starts_before else []
+        if sum(r["kind"] == "train" for r in written) > steps:
             return
         time.sleep(0.02)
     raise AssertionError(f"no training step within {TIMEOUT} s: {lab.log(name)}")
@@ -182,16 +185,17 @@ def test_killed_at_ten_random_moments(lab, undisturbed):
         with _ended(lab.start("killed")) as process:
             # Three anywhere from the start of the process on, the others while it trains and saves.
             early = number % 3 == 2
-            delay = random_.uniform(0.5, 4) if early else random_.uniform(0, 0.4)
+            delay = random_.uniform(0.5, 4) if early else random_.uniform(0, 0.05)
             if not early:
-                wait_until_training(lab, "killed", process, before)
+                steps = random_.randrange(3 * EVERY)
+                wait_until_training(lab, "killed", process, before, steps)
             time.sleep(delay)
             assert process.poll() is None, lab.log("killed")
             process.send_signal(signal.SIGKILL)
             process.wait(TIMEOUT)
         records = lab.records("killed")
         reached.append(records[-1]["step"] if records else 0)
-        phase = "its start" if early else "its first step"
+        phase = "its start" if early else f"{steps} steps"
         print(f"kill {number + 1}: {delay:.3f} s after {phase}, at step {reached[-1]}")
     assert max(reached) < NUM_STEPS, "a run ended before it was killed: make NUM_STEPS larger"
     log = lab.finish("killed")

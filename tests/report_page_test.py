@@ -333,6 +333,14 @@ def test_a_leak_is_the_first_warning_everywhere(run_path, tmp_path, without_plot
     assert not any("Not causal" in line for line in facts.warnings(report.load(causal)))
 
 
+def test_a_group_is_said(run_path, tmp_path):
+    grouped = _edit(run_path, tmp_path, lambda card: card.update(group="micro-batch of a device"))
+    assert any(
+        "compete within a micro-batch" in line for line in facts.warnings(report.load(grouped))
+    )
+    assert not any("compete" in line for line in facts.warnings(report.load(run_path)))
+
+
 def test_a_bound_is_marked_everywhere(run_path, tmp_path, without_plots, capsys):
     """Oracle and uniform routing are never ranked: the card says so, and every report and comparison."""
     bounds = {kind: record.bound(make_config(router=dict(kind=kind))) for kind in routers.KINDS}

@@ -73,6 +73,14 @@ def test_an_untouched_run_passes(run):
     assert _problems(run) == []
 
 
+def test_a_run_under_another_schema_of_configs_is_not_verified(run):
+    recorded = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(recorded | {"schema": 1}))
+    assert any("configs have schema" in problem and "1" in problem for problem in _problems(run))
+    with pytest.raises(configs.ConfigError, match="under schema 1 of configs"):
+        configs.check_directory(configs.load(run).config, run)
+
+
 def _numbers(value, path=()):
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)

@@ -114,6 +114,7 @@ class TestReplay:
         for row in found["rows"]:
             assert row["flip_rate"] == [0, 0] and row["token_flip_rate"] == 0
 
+    @pytest.mark.slow
     def test_in_low_precision_removes_the_flips(self, run, recorded):
         found = routes.replay(run, recorded, precision="nvfp4_wa")
         free, forced = found["rows"]
@@ -167,6 +168,7 @@ def _with_config(run, directory, **sections):
     return directory
 
 
+@pytest.mark.slow
 def test_under_a_capacity_the_choice_before_it_replays_exactly(run, tmp_path):
     run = _with_config(run, tmp_path / "run", moe=dict(capacity_factor=0.8))
     chosen = routes.record(run, before_capacity=True)

@@ -104,7 +104,7 @@ def apply_with_capacity(router, params, x_TD, inputs, bias=None, factor=1.0):
     routed = apply(router, params, x_TD, inputs, bias)
     if not factor or not router.slots:
         return routed
-    limit = capacity.limit(x_TD.shape[0] * router.k, router.num_experts, factor)
+    limit = capacity.limit_of_valid(inputs.mask_T, router.k, router.num_experts, factor)
     first_T = routed.weight_N.reshape(-1, router.slots)[:, 0] if router.by_score else None
     return capacity.drop(routed, router.num_experts, router.slots, limit, first_T)
 

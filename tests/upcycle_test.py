@@ -61,14 +61,21 @@ def start(dense, tmp_path, *, router, upcycle_fields=(), **moe):
     "router, moe",
     [
         (dict(k=2), dict(num_experts=4, expert_width=64)),
-        (dict(k=3, score="sigmoid", scale=2.5), dict(num_experts=4, expert_width=64)),
-        (
+        pytest.param(
+            dict(k=3, score="sigmoid", scale=2.5),
+            dict(num_experts=4, expert_width=64),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             dict(k=1, score_before_selection=False, renormalise=False),
             dict(num_experts=4, expert_width=64, num_dense_layers=1, num_shared_experts=1),
+            marks=pytest.mark.slow,
         ),
         # Granular: shards of half the width, two virtual groups of two, then one group chosen of four.
         (dict(k=4), dict(num_experts=8, expert_width=32)),
-        (dict(k=2), dict(num_experts=8, expert_width=32, every=2)),
+        pytest.param(
+            dict(k=2), dict(num_experts=8, expert_width=32, every=2), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_starts_as_the_dense_model(dense, tmp_path, router, moe):
@@ -76,6 +83,7 @@ def test_starts_as_the_dense_model(dense, tmp_path, router, moe):
     np.testing.assert_allclose(got, dense[2], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_without_virtual_groups_granular_experts_miss_shards(dense, tmp_path):
     moe = dict(num_experts=8, expert_width=32)
     fields = dict(virtual_groups=False)

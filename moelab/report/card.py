@@ -35,6 +35,7 @@ SECTIONS = {  # key -> type, in the order in which the card is written
     "data": dict,
     "parameters": dict,
     "leak": str,  # why outputs depend on later tokens; empty where they do not
+    "group": str,  # among which tokens choices depend on one another; empty: none do
     "bound": str,  # why the run is never ranked with others; empty where it may be
     "training": dict,
     "evaluation": dict,
@@ -42,7 +43,7 @@ SECTIONS = {  # key -> type, in the order in which the card is written
     "files": dict,
     "card_sha256": str,
 }
-NEWER = ("bound",)  # cards of earlier versions have none
+NEWER = ("bound", "group")  # cards of earlier versions have none
 
 
 class CardError(ValueError):
@@ -84,6 +85,7 @@ def build(
     evaluation: Mapping[str, Any],
     checkpoint: Mapping[str, Any],
     leak: str = "",
+    group: str = "",
     bound: str = "",
     created: str | None = None,
 ) -> dict[str, Any]:
@@ -115,6 +117,7 @@ def build(
         "data": data,
         "parameters": parameters,
         "leak": leak,
+        "group": group,
         "bound": bound,
         "training": training,
         "evaluation": evaluation,

@@ -64,6 +64,10 @@ def warnings(run: Run) -> list[str]:
             "Fallback corpus: the extra `data` was not installed, so the run read the standard "
             "library's text. Its numbers do not compare with those of the five-domain corpus.",
         )
+    if card.get("group") == "micro-batch of a device":
+        found.append(
+            "Tokens compete within a micro-batch of a device: more or fewer of them give other results."
+        )
     git = card["environment"].get("git") or {}
     if git.get("dirty"):
         sha = str(git.get("diff_sha256"))[:12]

@@ -78,17 +78,23 @@ def _config(directory: Path, card: dict[str, Any]) -> Iterator[str]:
     from moelab import config as configs  # late: reading a config may import routers and so jax
 
     try:
+        recorded = cards.read_json(directory / "config.json")
+    except cards.CardError as error:
+        yield str(error)
+        return
+    if recorded.get("schema") != schema.SCHEMA:
+        yield (
+            f"config.json: configs have schema {schema.SCHEMA} now, this one {recorded.get('schema')!r}: defaults or "
+            "meanings differ; verify it with the moelab that made it"
+        )
+        return
+    try:
         sha = configs.sha256(configs.from_dict(card["config"]))
     except configs.ConfigError as error:
         yield f"{cards.NAME}: config cannot be read: {_line(error)}"
     else:
         if sha != card["config_sha256"]:
             yield f"{cards.NAME}: config_sha256 is {card['config_sha256'][:12]}; config gives {sha[:12]}"
-    try:
-        recorded = cards.read_json(directory / "config.json")
-    except cards.CardError as error:
-        yield str(error)
-        return
     # When and where things are written may change when a run is resumed; the rest may not.
     hashed = [
         {key: value for key, value in values.items() if key not in schema.UNHASHED}

@@ -2,7 +2,8 @@
 sum_i eta_i f_i P_i, eta = 1 for feed-forward experts and tau for those without computation.
 
 Normalised here with f_i = N_i / sum N and the factor sum_i 1/eta_i: 1 where f = P is proportional
-to 1/eta. The paper's f is, from memory, N_i / T without either factor.
+to 1/eta. The paper's f is N_i / T without either factor (not re-read in the paper; an independent
+implementation of it in MLX has the same, and the authors published no code of the loss).
 """
 
 from types import SimpleNamespace

@@ -1,6 +1,7 @@
 """Minus the mutual information of token and expert: mean entropy of the tokens' probabilities less
-the entropy of their mean (natural logarithm). Used for routers by Mustafa et al. (2206.02770, local
-and global entropy losses) and Chen et al. (2212.08066); both references from memory.
+the entropy of their mean (natural logarithm): ModuleFormer's loss for tokens and modules (Shen et
+al., 2306.04640; equation as quoted in a review of it). Related: the local and global entropy losses
+of Mustafa et al. (2206.02770) and tasks in place of tokens by Chen et al. (2212.08066), not re-read.
 """
 
 from types import SimpleNamespace

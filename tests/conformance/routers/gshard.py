@@ -2,7 +2,8 @@
 without its capacity.
 
 The gates are normalised over the two before the second is drawn: a first expert whose second is not
-used keeps g1 / (g1 + g2). Written from memory of algorithm 1.
+used keeps g1 / (g1 + g2). Checked against the second_expert_policy "random" of fairseq's NLLB gate
+with normalize_gate_prob_before_dropping, which draws in the same way.
 """
 
 import numpy as np

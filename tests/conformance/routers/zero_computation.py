@@ -2,8 +2,10 @@
 residuals.
 
 Columns: feed-forward experts, then zero, copy and constant ones. The paper's residual matrix acts
-on column vectors, this one on rows: it is the transpose. The paper does not renormalise. Equations
-from memory.
+on column vectors, this one on rows: it is the transpose. The paper does not renormalise. The
+authors' code (SkyworkAI/MoE-plus-plus) adds the residual to the logits and mixes a constant expert by
+a softmax of two in the same way; its weights differ: the zero expert's becomes 0, the others are
+renormalised and multiplied by k.
 """
 
 import numpy as np
