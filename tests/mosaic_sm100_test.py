@@ -224,10 +224,10 @@ def test_tiling_refuses(options, message):
 
 
 def test_budgets():
-    """36,864 bytes a stage: 2 * 128 * 256 codes of half a byte, 2 * 128 * 16 scales; and 16,384 of two buffers."""
+    """36,864 bytes a stage: 2 * 128 * 256 codes of half a byte, 2 * 128 * 16 scales; and 32,768 of two buffers."""
     tiling = Tiling()
     assert tiling.stage_bytes("nvfp4") == 36_864 and tiling.stage_bytes("mxfp4") == 34_816
-    assert tiling.smem_bytes("nvfp4", jnp.bfloat16) == 5 * 36_864 + 16_384 + 1024
+    assert tiling.smem_bytes("nvfp4", jnp.bfloat16) == 5 * 36_864 + 32_768 + 1024
     assert tiling.tmem_columns("nvfp4") == 2 * 128 + 2 * 16
     both = Tiling(tile_n=256, collective=True, accumulators=1)
     assert (both.tile_m, both.loaded_n) == (256, 128)
@@ -239,8 +239,11 @@ def test_budgets():
         Tiling(stages=7).check_budgets("nvfp4", jnp.bfloat16)
     with pytest.raises(ValueError, match="tensor memory"):
         Tiling(tile_n=256, stages=2).check_budgets("mxfp4", jnp.bfloat16)
-    with pytest.raises(ValueError, match="128 bytes"):
-        Tiling(swizzled_out=True).check_budgets("nvfp4", jnp.bfloat16)
+    with pytest.raises(ValueError, match="swizzled_out needs .* 128 bytes"):
+        Tiling(swizzled_out=True, stages=2).check_budgets("nvfp4", jnp.float32)
+    # A copy that begins at an odd row of 64 bytes would fault.
+    with pytest.raises(ValueError, match="a multiple of 128 bytes, got 32 of bfloat16"):
+        Tiling(epilogue_n=32).check_budgets("nvfp4", jnp.bfloat16)
 
 
 def test_refuses():

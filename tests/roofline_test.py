@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -92,7 +93,8 @@ def test_prefill_takes_wide_tiles_and_decoding_plain_ones():
 def test_the_tilings_fit():
     for tiling in schedules.SM100.values():
         for format in ("nvfp4", "mxfp4"):
-            tiling.check_budgets(format, np.dtype("float32"))
+            for dtype in ("float32", "bfloat16"):
+                tiling.storing(jnp.dtype(dtype)).check_budgets(format, jnp.dtype(dtype))
 
 
 @pytest.mark.skipif(bool(aot.missing()), reason=aot.missing())

@@ -231,16 +231,12 @@ def tiling_of(
 ) -> Any:
     """Returns the tiling of `mosaic_sm100` that the roofline is best with, rows shared evenly."""
     from pallas_kernels import roofline, schedules
-    from pallas_kernels.grouped_matmul import mosaic_sm100
 
     sizes_E = roofline.even(rows, w.shape[0])
     product = roofline.Product(sizes_E, *w.shape[1:], format, w.format, out_dtype.itemsize)
     limits = dataclasses.replace(roofline.B200, num_sms=device.num_sms)
     collective = _INTERPRET.get() is None and device.num_sms > 1
-    chosen = schedules.SM100[schedules.choose_sm100(product, limits, collective)]
-    sizes = ("tile_n", "stages", "accumulators", "collective")
-    fields = {name: getattr(chosen, name) for name in sizes}
-    return dataclasses.replace(mosaic_sm100.default_tiling(w.format, out_dtype), **fields)
+    return schedules.SM100[schedules.choose_sm100(product, limits, collective)].storing(out_dtype)
 
 
 def _weight_gradient(device: Device, dy_BNU, x_BKU, padded_E) -> jax.Array:

@@ -29,7 +29,7 @@ OUT_DTYPES = (jnp.bfloat16, jnp.float32)
 
 def default_tiling(format: str, out_dtype: jnp.dtype) -> Tiling:
     """Returns a tiling that fits every shape that the kernel takes with tiles of 128 columns."""
-    tiling = Tiling(stages=6)
+    tiling = Tiling(stages=6).storing(out_dtype)
     fits = tiling.smem_bytes(format, out_dtype) <= SMEM_BYTES
     return tiling if fits else dataclasses.replace(tiling, stages=5)
 

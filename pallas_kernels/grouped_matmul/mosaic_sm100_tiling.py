@@ -26,7 +26,8 @@ class Tiling:
       tile_k: contraction steps of 256, or multiples.
       stages: k-steps of operands in flight.
       accumulators: 2: the next tile is multiplied while the last one is stored; 1: it waits, and needs half the TMEM.
-      epilogue_n: columns that are stored at a time, from two buffers in turn; at most half of tile_n.
+      epilogue_n: columns that are stored at a time, from two buffers in turn; at most half of tile_n. They are a
+        multiple of 128 bytes, since copies begin at any row and shared memory is copied from multiples of 128 bytes.
       swizzled_out: those buffers are swizzled, so that no bank of shared memory is written twice at once. Needs
         epilogue_n columns of 128 bytes. Copies then begin at any row of a swizzled buffer, which the programming guide
         allows and nothing here can show.
@@ -44,7 +45,7 @@ class Tiling:
     tile_k: int = _TILE_K
     stages: int = 5
     accumulators: int = 2
-    epilogue_n: int = 32
+    epilogue_n: int = 64
     swizzled_out: bool = False
     fewest_rows: int = TILE_M
     collective: bool = False
@@ -110,6 +111,10 @@ class Tiling:
         rows = TILE_M + self.tile_n
         return self.accumulators * self.tile_n + rows // 128 * self.scale_columns(format)
 
+    def storing(self, out_dtype: jnp.dtype) -> Tiling:
+        """Returns the same with the columns that are stored at a time 128 bytes wide, the least."""
+        return dataclasses.replace(self, epilogue_n=128 // jnp.dtype(out_dtype).itemsize)
+
     def out_buffers(self, out_dtype: jnp.dtype) -> Any:
         """The two buffers that a tile is stored from: shared memory (2, 128, epilogue_n)."""
         transforms = ()
@@ -118,8 +123,13 @@ class Tiling:
         return plgpu.SMEM((2, TILE_M, self.epilogue_n), out_dtype, transforms=transforms)
 
     def check_budgets(self, format: str, out_dtype: jnp.dtype) -> None:
-        """Raises ValueError where shared or tensor memory does not suffice, or the output cannot be swizzled."""
-        if self.swizzled_out and self.epilogue_n * jnp.dtype(out_dtype).itemsize != 128:
+        """Raises ValueError where shared or tensor memory does not suffice, or the output's rows do not fit copies."""
+        row_bytes = self.epilogue_n * jnp.dtype(out_dtype).itemsize
+        if row_bytes % 128:
+            raise ValueError(
+                f"epilogue_n columns must be a multiple of 128 bytes, got {self.epilogue_n} of {jnp.dtype(out_dtype)}"
+            )
+        if self.swizzled_out and row_bytes != 128:
             raise ValueError(
                 f"swizzled_out needs epilogue_n columns of 128 bytes, got {self.epilogue_n} of {jnp.dtype(out_dtype)}"
             )
