@@ -89,6 +89,7 @@ def summary(target: Path, seed: int) -> dict:
     assigned = mean("assigned")
     return {
         "seed": seed,
+        "schema": configs.schema_of(target),
         "config_sha256": card["config_sha256"],
         "commit": card["environment"].get("git", {}),
         "bits_per_byte": row["bits_per_byte"],
@@ -147,7 +148,15 @@ def _entries(options, method: str) -> list[dict]:
             pair = [documents.read(path) for path in (other, target / documents.NAME)]
             difference = intervals.bits_per_byte_between(*pair, PRECISION)
             entries[seed]["difference"] = difference._asdict()
-    return [entries[seed] for seed in sorted(entries)]
+    # Under another schema of configs the same config is another experiment: it is not averaged with these.
+    newest = max((entry.get("schema", 1) for entry in entries.values()), default=1)
+    kept = [seed for seed in sorted(entries) if entries[seed].get("schema", 1) == newest]
+    if len(kept) < len(entries):
+        left = sorted(entries.keys() - set(kept))
+        print(
+            f"{method}: seeds {left} are of an earlier schema of configs: left out", file=sys.stderr
+        )
+    return [entries[seed] for seed in kept]
 
 
 HEAD = (

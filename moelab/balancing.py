@@ -6,6 +6,8 @@ E experts, C columns of scores (C = E but for experts without computation), T to
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -260,8 +262,16 @@ def router_of(config) -> Router:
     return routers.declare(fields.pop("kind"), num_experts=max(1, config.moe.num_experts), **fields)
 
 
-def check_steers(mechanism: type[Mechanism], config) -> list[tuple[str, str]]:
-    """Lists the strength of a mechanism that could move nothing in this config's router: (field, message)."""
+def check_steers(
+    mechanism: type[Mechanism], values: Mapping[str, Any], config
+) -> list[tuple[str, str]]:
+    """Lists the strength of a mechanism that could move nothing in this config's router: (field, message).
+
+    Args:
+      mechanism: its class.
+      values: its fields.
+      config: a full config.
+    """
     if not (mechanism.steers and config.moe.num_experts):
         return []
     router, soft = router_of(config), config.moe.slots_per_expert > 0
@@ -272,8 +282,12 @@ def check_steers(mechanism: type[Mechanism], config) -> list[tuple[str, str]]:
         "bias": (router.takes_bias and not soft, "takes no selection bias"),
     }
     possible, reason = missing[mechanism.steers]
-    if mechanism.steers == "load" and (router.balanced or soft):
+    # Equal over the batch, that is: sequences may still differ.
+    equal = router.balanced and values.get("scope") != "sequence"
+    if mechanism.steers == "load" and (equal or soft):
         possible, reason = False, "has an equal load by construction"
+    if mechanism.steers in ("load", "bias") and router.slots == router.k >= router.num_columns:
+        possible, reason = False, "chooses every expert"
     if possible:
         return []
     what = "Soft MoE" if soft else f"router.kind={config.router.kind}"

@@ -28,7 +28,7 @@ def limit(num_assignments: int, num_experts: int, factor: float) -> int:
 
 
 def limit_of_valid(mask_T: jax.Array, k: int, num_experts: int, factor: float) -> jax.Array:
-    """Returns `limit` for the valid tokens alone, ceil(factor * k * V / E): int32 scalar.
+    """Returns `limit` for the valid tokens alone, ceil(factor * k * V / E), at most k * T: int32 scalar.
 
     How many tokens are valid is known at run time only. A table has the limit of every possible number, since float32
     would round factor * k * V / E before the ceiling.
@@ -41,7 +41,9 @@ def limit_of_valid(mask_T: jax.Array, k: int, num_experts: int, factor: float) -
     """
     limit(0, num_experts, factor)  # for what it refuses
     assignments_V = k * np.arange(mask_T.shape[0] + 1)
-    limit_V = np.maximum(1, np.ceil(factor * assignments_V / num_experts)).astype(np.int32)
+    limit_V = np.maximum(1, np.ceil(factor * assignments_V / num_experts))
+    # More places than there are assignments are no limit, and might not be an int32.
+    limit_V = np.minimum(limit_V, max(1, assignments_V[-1])).astype(np.int32)
     return jnp.asarray(limit_V)[jnp.sum(mask_T, dtype=jnp.int32)]
 
 

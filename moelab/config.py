@@ -267,6 +267,11 @@ def differences(
     return [(path, x, y) for path, x, y in pairs if x != y]
 
 
+def schema_of(workdir: str | Path) -> object:
+    """Returns the number of the schema under which a run directory's config.json was written; `load` reads it first."""
+    return json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8")).get("schema")
+
+
 def check_directory(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
     """Refuses a directory that holds a run of another config, or files that are no run.
 
@@ -285,7 +290,7 @@ def check_directory(config: ml_collections.ConfigDict, workdir: str | Path) -> N
             return
         raise ConfigError(f"{workdir} is not empty and holds no run; choose another --workdir")
     saved = load(workdir).config
-    written = json.loads((workdir / "config.json").read_text(encoding="utf-8")).get("schema")
+    written = schema_of(workdir)
     if written != schema.SCHEMA:
         raise ConfigError(
             f"{workdir} holds a run under schema {written!r} of configs; this moelab has {schema.SCHEMA}, where "

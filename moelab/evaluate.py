@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moelab import checkpoint, data, loss, metrics, optimizer, quant
+from moelab import checkpoint, data, loss, metrics, optimizer, quant, schema
 from moelab import config as configs
 from moelab import model as model_lib
 from moelab import step as step_lib
+from moelab.progress import note
 from moelab.quant import packing, recipes
 
 REFERENCE = "float32"
@@ -359,6 +360,11 @@ def load_run(workdir: str | Path, step: str | int = "latest") -> Loaded:
     """
     workdir = Path(workdir)
     config = configs.load(workdir).config
+    written = configs.schema_of(workdir)
+    if written != schema.SCHEMA:
+        note(
+            f"warning: {workdir} is of schema {written!r} of configs, read here as {schema.SCHEMA}: meanings may differ"
+        )
     dataset = data.build(config.data, config.tokenizer)
     model = model_lib.from_dataset(config, dataset)
     shapes = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0)))["params"]

@@ -303,7 +303,7 @@ def _open_sets(config: ml_collections.ConfigDict) -> Iterator[Problem]:
             continue  # a mechanism's first field is its strength: it is off
         module = importlib.import_module(name)
         if section != "router":
-            for field, message in check_steers(module.Mechanism, config):
+            for field, message in check_steers(module.Mechanism, values, config):
                 yield Problem(f"{section}.{field}", message)
         check = getattr(module, "validate", None)
         if check:

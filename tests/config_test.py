@@ -376,6 +376,8 @@ class TestProblems:
             ("router.kind=base", "adaptive_loss.coefficient", "an equal load"),
             ("moe.slots_per_expert=1", "switch_loss.coefficient", "Soft MoE has an equal load"),
             ("moe.slots_per_expert=1", "loss_free_bias.rate", "Soft MoE takes no selection bias"),
+            ("moe.num_experts=2", "switch_loss.coefficient", "chooses every expert"),
+            ("moe.num_experts=2", "loss_free_bias.rate", "chooses every expert"),
         ],
     )
     def test_balancing_that_could_move_nothing(self, router, mechanism, reason):
@@ -391,6 +393,12 @@ class TestProblems:
             ["router.kind=expert_choice", "balance.z_loss.coefficient=1"],
             ["router.kind=expert_choice", "balance.importance_loss.coefficient=1"],
             ["router.kind=sinkhorn", "balance.switch_loss.coefficient=1"],
+            # Experts that choose have equal loads over the batch, not over each sequence.
+            [
+                "router.kind=expert_choice",
+                "balance.switch_loss.coefficient=1",
+                "balance.switch_loss.scope=sequence",
+            ],
             ["moe.slots_per_expert=1", "balance.z_loss.coefficient=1"],
             ["moe.num_experts=0", "router.kind=uniform", "balance.z_loss.coefficient=1"],
         ],

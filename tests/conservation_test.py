@@ -186,6 +186,8 @@ def test_conservation_limit_of_valid_tokens(k, experts, factor):
     get = jax.jit(jax.vmap(lambda mask_T: capacity.limit_of_valid(mask_T, k, experts, factor)))
     wanted = [capacity.limit(valid * k, experts, factor) for valid in range(201)]
     np.testing.assert_array_equal(get(mask_VT), wanted)
+    boundless = capacity.limit_of_valid(jnp.ones((5,), bool), k, experts, 1e12)
+    assert boundless == 5 * k  # room for all, where an int32 has none for 1e12
 
 
 @pytest.mark.parametrize(
@@ -264,6 +266,9 @@ def test_conservation_of_base_when_tokens_want_the_same():
     total = lambda owner: score[np.arange(128), owner].sum()  # noqa: E731
     assert total(owner) >= best - slack
     assert total(np.asarray(auction(*given, 200))) < total(owner) - 1
+    # Without a difference no price rises: an auction would run for ever.
+    equal = np.asarray(auction(jnp.zeros((128, 8)), given[1], 10**9))
+    np.testing.assert_array_equal(np.bincount(equal), [16] * 8)
 
 
 @pytest.mark.parametrize("kind", ["base", "sinkhorn"])

@@ -76,7 +76,9 @@ def balanced_assignment(
 
     def unfinished(carry):
         owner_T, _, iteration = carry
-        return jnp.any((owner_T == num_experts) & mask_T) & (iteration < max_iterations)
+        # Where all scores are equal every assignment is best, and no price could rise.
+        goes_on = (iteration < max_iterations) & (spread > 0)
+        return jnp.any((owner_T == num_experts) & mask_T) & goes_on
 
     def round_(carry):
         owner_T, bid_T, iteration = carry
