@@ -174,6 +174,7 @@ class TestTypos:
         assert (done.code, done.out, done.line.count("\n")) == (2, "", 0)
         assert done.line.startswith("moelab: ") and meant in done.line
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
     def test_of_every_leaf_of_every_experiment(self, moelab_main, path):
         """Bar 6: each leaf of each config misspelt, by a dropped, a swapped and a doubled letter."""

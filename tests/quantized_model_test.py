@@ -49,6 +49,7 @@ EVERY_ROLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", EVERY_ROLE)
 def test_every_role_changes_the_output_a_little(role):
     plain, rounded = output(PLAIN), output(of_roles(role))
@@ -92,6 +93,7 @@ def _rounded(leaf, num_batch_axes):
     return formats.dequantize(formats.quantize(leaf, "nvfp4", num_batch_axes=num_batch_axes))
 
 
+@pytest.mark.slow
 def test_no_recipe_lets_a_token_see_a_later_one():
     inputs = make_inputs()
     token = np.array(inputs.token_BL)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moelab import metrics
+from moelab import metrics, schema
 from moelab.report import card as cards
 from moelab.report import documents
 
@@ -40,7 +40,7 @@ def make(
     rng = np.random.default_rng(seed)
     directory.mkdir(parents=True, exist_ok=True)
     config = config if config is not None else {"seed": seed, "train": {"num_steps": steps}}
-    recorded = {"schema": 1, "config_sha256": config_sha256, "config": config}
+    recorded = {"schema": schema.SCHEMA, "config_sha256": config_sha256, "config": config}
     recorded |= {"file": "experiments/demo.py", "overrides": [f"--config.seed={seed}"]}
     (directory / "config.json").write_text(json.dumps(recorded))
     records = _journal(rng, steps, experts)
