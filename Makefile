@@ -30,7 +30,7 @@ test: $(WITH_AOT)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: $(WITH_AOT)
-	@$(VENV)/bin/python -m pytest -q --durations=15 -m slow $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m slow $(PYTEST_ARGS)
 
 verify-kernels: $(WITH_AOT)
 	@$(VENV)/bin/moelab kernels verify

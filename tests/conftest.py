@@ -43,6 +43,9 @@ def _optimisations(request):
 
 # Files are handed out in this order, the others after them: a long one at the end would keep one core waiting.
 LONG_FILES = (
+    "quantized_training_test",
+    "reliability_test",
+    "kernels_verify_test",
     "mosaic_sm100_mlp_test",
     "calibration_test",
     "routes_test",
@@ -52,7 +55,6 @@ LONG_FILES = (
     "upcycle_test",
     "model_test",
     "cli_test",
-    "quantized_training_test",
     "quantized_gradients_test",
     "kernels_choice_test",
     "exchange_test",
