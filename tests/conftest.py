@@ -4,7 +4,9 @@ CPU, or what `make test-gpu` asks for. Most files compile without LLVM's optimis
 the time; those in OPTIMISED, whose subject is bits and loops, and what runs in its own process compile as users do.
 """
 
+import gc
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("MOELAB_TEST_PLATFORM", "cpu")
 # The threads of an interpreted kernel wait for one another: with one worker a core, two cores could wait for ever.
@@ -39,6 +41,20 @@ def _optimisations(request):
     jax.config.update(name, not request.module.__name__.startswith(OPTIMISED))
     yield
     jax.config.update(name, before)
+
+
+# Of the 65,530 that Linux gives a process: each compiled program takes several, and without one LLVM crashes.
+MOST_MAPPINGS = 15_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _mappings():
+    """Forgets compiled programs after a file, where there are many."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 # Files are handed out in this order, the others after them: a long one at the end would keep one core waiting.
