@@ -286,7 +286,7 @@ def check_steers(
     equal = router.balanced and values.get("scope") != "sequence"
     if mechanism.steers == "load" and (equal or soft):
         possible, reason = False, "has an equal load by construction"
-    if mechanism.steers in ("load", "bias") and router.slots == router.k >= router.num_columns:
+    if mechanism.steers in ("load", "bias") and router.slots == router.k == router.num_columns:
         possible, reason = False, "chooses every expert"
     if possible:
         return []
