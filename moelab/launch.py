@@ -101,11 +101,11 @@ def summary(config: ml_collections.ConfigDict) -> dict[str, object]:
     Args:
       config: without problems (`check`).
     """
-    from moelab import model
+    from moelab import size
 
     train = config.train
     return {
-        **model.summary(config, vocab_size(config)),
+        **size.count(config, vocab_size(config)),
         "steps": train.num_steps,
         "tokens": train.num_steps * train.batch_size * train.length,
     }

@@ -1,4 +1,4 @@
-"""The transformer: segments of blocks under one scan each, and `from_config`, the door from configs to modules.
+"""The transformer, and `from_config`, the door from configs to modules.
 
 B sequences, L tokens each, T = B*L tokens, D model width, V vocabulary, E experts.
 """
@@ -13,45 +13,11 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from moelab import attention, balance, experts, moe, parallel, routers, soft_moe
+from moelab import attention, balance, blocks, moe, parallel, routers
 from moelab.quant import linear, precisions, recipes
 from moelab.routing import RouterInput
-from pallas_kernels import device
 
 PLAIN = recipes.named("none")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """One transformer block: attention, then a dense or a sparse feed-forward."""
-
-    attention: attention.AttentionConfig
-    dense_width: int
-    moe: moe.MoeConfig | None
-    norm_epsilon: float
-    dense_precision: pallas_kernels.MatmulPrecision | None = None
-    high_precision: bool = False  # stays unquantized whatever the recipe
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Segment:
-    """`count` repetitions of the same blocks, run as one scan over stacked parameters."""
-
-    count: int
-    blocks: tuple[BlockConfig, ...]
-
-    @property
-    def sparse(self) -> tuple[str, ...]:
-        """Names of the blocks with experts."""
-        return tuple(f"block_{i}" for i, b in enumerate(self.blocks) if b.moe is not None)
-
-    def replayed(self, replay_MTK: jax.Array | None, first: int) -> dict[str, jax.Array]:
-        """Cuts the replayed choices of this segment's MoE layers out: (count, T, C) by block."""
-        if replay_MTK is None:
-            return {}
-        names = self.sparse
-        mine = replay_MTK[first : first + self.count * len(names)]
-        return {name: mine[i :: len(names)] for i, name in enumerate(names)}
 
 
 class Inputs(NamedTuple):
@@ -87,96 +53,6 @@ class Output(NamedTuple):
     reports: tuple[dict[str, moe.LayerReport], ...]
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32 (arXiv:1910.07467)."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        scale_D = self.param("scale", nn.initializers.ones, (x_BLD.shape[-1],), jnp.float32)
-        x = x_BLD.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * inverse * scale_D[None, None, :]).astype(x_BLD.dtype)
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then + feed-forward(norm(.))."""
-
-    config: BlockConfig
-    mesh: jax.sharding.Mesh
-    output_scale: float
-
-    @nn.compact
-    def __call__(
-        self, x_BLD: jax.Array, inputs: RouterInput, trace: bool, cache_length: int
-    ) -> tuple[jax.Array, moe.LayerReport | None, jax.Array | None]:
-        config, scale = self.config, self.output_scale
-        # Gradients are rounded with other noise in every micro-batch.
-        random = linear.fold(inputs.key, inputs.position_T[0])
-        normed = RMSNorm(config.norm_epsilon, name="attention_norm")(x_BLD)
-        attend = attention.Attention(config.attention, scale, name="attention")
-        x_BLD = x_BLD + attend(normed, cache_length, linear.fold(random, 2))
-        normed = RMSNorm(config.norm_epsilon, name="feed_forward_norm")(x_BLD)
-        if config.moe is not None:
-            block = soft_moe.SoftMoeBlock if config.moe.slots_per_expert else moe.MoeBlock
-            sparse = block(config.moe, self.mesh, scale, name="moe")
-            y_BLD, report, logit_TC = sparse(normed, inputs, trace)
-            return x_BLD + y_BLD, report, logit_TC
-        width = x_BLD.shape[-1]
-        weights = self.param(
-            "dense", lambda k: experts.init_swiglu(k, (), width, config.dense_width, scale)
-        )
-        x_TD = normed.reshape(-1, width)
-        y_TD = experts.swiglu(x_TD, weights, config.dense_precision, linear.fold(random, 3))
-        return x_BLD + y_TD.reshape(x_BLD.shape), None, None
-
-
-class _Carry(NamedTuple):
-    """What goes from block to block.
-
-    Attributes:
-      x_BLD: the residual stream.
-      logit_TC: logits of the last MoE layer, zeros before the first; None where no router reads them.
-      layer: () int32 blocks done, part of the key of a router's noise.
-    """
-
-    x_BLD: jax.Array
-    logit_TC: jax.Array | None
-    layer: jax.Array
-
-
-class _Unit(nn.Module):
-    """The blocks of a segment once: the body of its scan."""
-
-    segment: Segment
-    mesh: jax.sharding.Mesh
-    output_scale: float
-    train: bool
-    trace: bool
-    cache_length: int
-
-    @nn.compact
-    def __call__(self, carry: _Carry, inputs: RouterInput, replay: dict[str, jax.Array]):
-        reports, key = {}, jax.random.wrap_key_data(inputs.key, impl="threefry2x32")
-        for i, config in enumerate(self.segment.blocks):
-            name = f"block_{i}"
-            inputs = inputs._replace(
-                train=self.train,
-                key=jax.random.key_data(jax.random.fold_in(key, carry.layer)),
-                previous_logit_TC=carry.logit_TC,
-                replay_TK=replay.get(name),
-            )
-            block = Block(config, self.mesh, self.output_scale, name=name)
-            x_BLD, report, logit_TC = block(carry.x_BLD, inputs, self.trace, self.cache_length)
-            if report is not None:
-                reports[name] = report
-            if carry.logit_TC is None or logit_TC is None:
-                logit_TC = carry.logit_TC
-            carry = _Carry(x_BLD, logit_TC, carry.layer + 1)
-        return carry, reports
-
-
 class Transformer(nn.Module):
     """A decoder-only language model without its loss.
 
@@ -194,7 +70,7 @@ class Transformer(nn.Module):
 
     vocab_size: int
     width: int
-    segments: tuple[Segment, ...]
+    segments: tuple[blocks.Segment, ...]
     norm_epsilon: float
     tied_head: bool
     dtype: Any
@@ -229,10 +105,10 @@ class Transformer(nn.Module):
         x_BLD = table_VD[inputs.token_BL].astype(self.dtype) * self.width**0.5
         router_input = _router_input(inputs)
         num_layers = sum(s.count * len(s.blocks) for s in self.segments)
-        carry = _Carry(x_BLD, self._no_logits(x_BLD), jnp.zeros((), jnp.int32))
+        carry = blocks.Carry(x_BLD, self._no_logits(x_BLD), jnp.zeros((), jnp.int32))
         reports, first = [], 0
         for i, segment in enumerate(self.segments):
-            unit = _scan(segment, self.remat)(
+            unit = blocks.scan(segment, self.remat)(
                 segment=segment,
                 mesh=self.mesh,
                 output_scale=(2 * num_layers) ** -0.5,
@@ -245,17 +121,22 @@ class Transformer(nn.Module):
             carry, report = unit(carry, router_input, replay)
             first += segment.count * len(segment.sparse)
             reports.append(report)
-        hidden = RMSNorm(self.norm_epsilon, name="final_norm")(carry.x_BLD)
+        hidden = blocks.RMSNorm(self.norm_epsilon, name="final_norm")(carry.x_BLD)
         if self.head_precision is not None:  # only the head reads it
             hidden = linear.rounded(hidden, self.head_precision.x, self.head_precision.x_rule)
         return Output(hidden, tuple(reports))
 
     def _no_logits(self, x_BLD: jax.Array) -> jax.Array | None:
         """Zeros for the logits before the first MoE layer, where a router reads them."""
-        routers_ = [b.moe.router for s in self.segments for b in s.blocks if b.moe is not None]
+        routers_ = [m.router for m in self._moe]
         if not any(router.uses_previous_logits for router in routers_):
             return None
         return jnp.zeros((x_BLD.shape[0] * x_BLD.shape[1], routers_[0].num_columns), jnp.float32)
+
+    @property
+    def _moe(self) -> list[moe.MoeConfig]:
+        """The sparse blocks' settings, in order."""
+        return [b.moe for s in self.segments for b in s.blocks if b.moe is not None]
 
     @property
     def kept_blocks(self) -> frozenset[tuple[str, str]]:
@@ -270,15 +151,13 @@ class Transformer(nn.Module):
     @property
     def leak(self) -> str:
         """Why outputs depend on later tokens; empty where they do not."""
-        blocks = (block for segment in self.segments for block in segment.blocks)
-        routed = next((b.moe.leak for b in blocks if b.moe is not None and b.moe.leak), "")
+        routed = next((m.leak for m in self._moe if m.leak), "")
         return routed or self.scale_leak
 
     @property
     def group(self) -> str:
         """Among which tokens the routing lets results depend on one another; see `moe.MoeConfig.group`."""
-        blocks = (block for segment in self.segments for block in segment.blocks)
-        return next((b.moe.group for b in blocks if b.moe is not None and b.moe.group), "")
+        return next((m.group for m in self._moe if m.group), "")
 
 
 def head(model: Transformer, params: dict) -> jax.Array:
@@ -296,23 +175,6 @@ def logits(model: Transformer, params: dict, hidden_BLD: jax.Array) -> jax.Array
     return jnp.einsum("bld,vd->blv", hidden_BLD, weight, preferred_element_type=jnp.float32)
 
 
-def _scan(segment: Segment, remat: bool):
-    unit = nn.remat(_Unit, prevent_cse=False) if remat else _Unit
-    return nn.scan(
-        unit,
-        variable_axes={
-            "params": 0,
-            "router_state": 0,
-            "quantized": 0,
-            "cache": 0,
-            "calibration": 0,
-        },
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
-        length=segment.count,
-    )
-
-
 def _router_input(inputs: Inputs) -> RouterInput:
     batch, length = inputs.token_BL.shape
     sequence_B = jnp.arange(batch, dtype=jnp.int32)
@@ -328,37 +190,6 @@ def _router_input(inputs: Inputs) -> RouterInput:
         key=jnp.zeros((2,), jnp.uint32) if inputs.key is None else inputs.key,
         train=None,
     )
-
-
-def segments(blocks: list[BlockConfig]) -> tuple[Segment, ...]:
-    """Groups equal neighbours, and pairs or longer patterns that repeat, into segments.
-
-    >>> [(s.count, s.blocks) for s in segments(["d", "m", "m"])]
-    [(1, ('d',)), (2, ('m',))]
-    >>> [(s.count, s.blocks) for s in segments(["d", "m", "d", "m"])]
-    [(2, ('d', 'm'))]
-    """
-    found, i = [], 0
-    while i < len(blocks):
-        size, count = _repetition(blocks, i)
-        next_size, next_count = _repetition(blocks, i + 1)
-        if next_size * next_count > size * count:
-            size = count = 1  # a longer pattern starts one block later
-        found.append(Segment(count=count, blocks=tuple(blocks[i : i + size])))
-        i += size * count
-    return tuple(found)
-
-
-def _repetition(blocks: list[BlockConfig], start: int) -> tuple[int, int]:
-    """Returns (length, repetitions) of the pattern at `start` that covers most blocks, the shortest such one."""
-    best = (1, 1)
-    for size in range(1, (len(blocks) - start) // 2 + 1):
-        count, pattern = 1, blocks[start : start + size]
-        while pattern == blocks[start + count * size : start + (count + 1) * size]:
-            count += 1
-        if count > 1 and size * count > best[0] * best[1]:
-            best = (size, count)
-    return best
 
 
 def moe_layers(config) -> list[int]:
@@ -394,12 +225,12 @@ def from_config(
     quantized = _block_kinds(config, recipe, counts, high_precision=False)
     kept = _block_kinds(config, PLAIN, counts, high_precision=True)
     sparse, high = moe_layers(config), high_precision_layers(config)
-    blocks = [(kept if i in high else quantized)[i in sparse] for i in range(m.num_layers)]
+    layers = [(kept if i in high else quantized)[i in sparse] for i in range(m.num_layers)]
     head_precision = precisions.of_role(recipe, "head")
     return Transformer(
         vocab_size=vocab_size,
         width=m.width,
-        segments=segments(blocks),
+        segments=blocks.segments(layers),
         norm_epsilon=m.norm_epsilon,
         tied_head=m.tied_head,
         dtype=jnp.dtype(dtype or m.dtype),
@@ -413,10 +244,10 @@ def from_config(
 
 def _block_kinds(
     config, recipe: recipes.Recipe, counts: tuple[int, ...], high_precision: bool
-) -> tuple[BlockConfig, BlockConfig | None]:
+) -> tuple[blocks.BlockConfig, blocks.BlockConfig | None]:
     """The dense block and the sparse one (None in a dense model) under a recipe."""
     m = config.model
-    dense = BlockConfig(
+    dense = blocks.BlockConfig(
         attention=attention.AttentionConfig(
             num_heads=m.num_heads,
             num_kv_heads=m.num_kv_heads,
@@ -500,49 +331,4 @@ def init(model: Transformer, key: jax.Array) -> dict:
     return {
         "params": variables["params"],
         "router_state": variables["router_state"] if "router_state" in variables else {},
-    }
-
-
-def _active_share(config) -> float:
-    """Expert parameters that a token's computation costs over all of them; with a router, by its nominal k."""
-    if config.moe.slots_per_expert:
-        return config.moe.slots_per_expert / config.train.length
-    return config.router.k / config.moe.num_experts
-
-
-def summary(config, vocab_size: int) -> dict:
-    """Counts parameters, bytes and FLOPs of a config without touching a device.
-
-    FLOPs per token count two per multiply-add of every matmul on the token's path and full (not causal) attention over
-    `train.length` keys; training is three times the forward pass.
-
-    Returns:
-      parameters total/active/expert, bytes of parameters and optimizer state, flops_per_token forward/train.
-    """
-    from moelab import optimizer
-
-    shown = config.copy_and_resolve_references()
-    shown.moe.implementation = "auto"
-    model = from_config(shown, vocab_size, parallel.abstract_mesh())
-    with device.assume(
-        device.CPU
-    ):  # shapes are the same everywhere; to ask which GPU is here would start it
-        shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))["params"]
-    state = jax.eval_shape(optimizer.make(config, shapes).init, shapes)
-    total, expert = 0, 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        total += leaf.size
-        expert += leaf.size if "['experts']" in jax.tree_util.keystr(path) else 0
-    m, layers = config.model, len(moe_layers(config))
-    share = _active_share(config) if layers else 0.0
-    active = total - expert + round(expert * min(1.0, share))
-    computed = total - expert + round(expert * share)
-    embedding = 0 if m.tied_head else vocab_size * m.width  # a look-up, not a matmul
-    attention_flops = 4 * config.train.length * m.num_heads * m.head_dim * m.num_layers
-    forward = 2 * (computed - embedding) + attention_flops
-    nbytes = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))  # noqa: E731
-    return {
-        "parameters": {"total": total, "active": active, "expert": expert},
-        "bytes": {"parameters": nbytes(shapes), "optimizer": nbytes(state)},
-        "flops_per_token": {"forward": forward, "train": 3 * forward},
     }

@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moelab import balancing, data, environment, evaluate, metrics, report
+from moelab import balancing, data, environment, evaluate, metrics, report, size
 from moelab import config as configs
-from moelab import model as model_lib
 from moelab.progress import note
 from moelab.report import card as cards
 from moelab.report import documents
@@ -46,7 +45,7 @@ def conclude(session, config_file: str, overrides: list[str], command: str) -> d
     session.journal.close()
     train_records = [r for r in metrics.read(session.journal.path) if r["kind"] == "train"]
     last = train_records[-1]
-    summary = model_lib.summary(config, dataset.tokenizer.vocab_size)
+    summary = size.count(config, dataset.tokenizer.vocab_size)
     card = cards.build(
         workdir,
         name=Path(config_file.partition(":")[0]).stem or workdir.name,

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moelab import manifest, restack
+from moelab import blocks, manifest, restack
 from moelab import model as model_lib
 from moelab.errors import ConfigError
 
@@ -162,7 +162,7 @@ def params(config, model: model_lib.Transformer, fresh: Any, dense_model, dense:
     return rest | restack.stacked(model, new)
 
 
-def _block(config, block: model_lib.BlockConfig, fresh: dict, dense: dict) -> dict:
+def _block(config, block: blocks.BlockConfig, fresh: dict, dense: dict) -> dict:
     if "dense" not in dense:
         raise ConfigError("upcycle.run has experts; it must be a dense run (moe.num_experts=0)")
     shared = {n: dense[n] for n in ("attention", "attention_norm", "feed_forward_norm")}
@@ -173,7 +173,7 @@ def _block(config, block: model_lib.BlockConfig, fresh: dict, dense: dict) -> di
     return shared | {"moe": _moe(config, block, fresh["moe"], dense["dense"])}
 
 
-def _moe(config, block: model_lib.BlockConfig, fresh: dict, dense: dict) -> dict:
+def _moe(config, block: blocks.BlockConfig, fresh: dict, dense: dict) -> dict:
     num_experts, width = block.moe.router.num_experts, block.moe.expert_width
     dense_width = dense["down"].shape[1]
     shards, rest = divmod(dense_width, width)

@@ -15,7 +15,7 @@ from routing_cases import apply, apply_with_capacity, dense, make_params, make_r
 from small_step import UNOPTIMISED, initial_state, make_batch, small_config, train_step
 from tiny import VOCAB
 
-from moelab import balance, model, moe, parallel, routers
+from moelab import balance, blocks, model, moe, parallel, routers
 
 COMPETING = [
     pytest.param(kind, *variant, id=f"{kind}-{i}")
@@ -113,7 +113,7 @@ def competing_model(remat):
         sparse = dataclasses.replace(
             block.moe, router=router, mechanisms=group_mechanisms(), capacity_factor=factor
         )
-        segments.append(model.Segment(count=1, blocks=(dataclasses.replace(block, moe=sparse),)))
+        segments.append(blocks.Segment(count=1, blocks=(dataclasses.replace(block, moe=sparse),)))
     return plain.clone(segments=tuple(segments))
 
 

@@ -9,7 +9,7 @@ import pytest
 from small_step import NARROW, UNOPTIMISED, VOCAB, small_config
 from tiny import make_config, make_inputs
 
-from moelab import balance, model, routers, step, train
+from moelab import balance, blocks, model, routers, step, train
 
 
 def compiled(function):
@@ -71,7 +71,7 @@ def updated(kind, name, statistics, **fields):
     mechanism = balance.make(kind, **fields)
     block = segment.blocks[0]
     sparse = SimpleNamespace(mechanisms=((kind, mechanism),), router=block.moe.router)
-    segment = model.Segment(count=2, blocks=(SimpleNamespace(moe=sparse),))
+    segment = blocks.Segment(count=2, blocks=(SimpleNamespace(moe=sparse),))
     old = jax.tree.map(lambda a: jnp.stack([a, a]), mechanism.init(block.moe.router))
     report = SimpleNamespace(observation={kind: statistics})
     rows = ({"block_0": {kind: {}}},)

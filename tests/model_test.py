@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import VOCAB, make_config, make_inputs
 
-from moelab import model, moe
+from moelab import model, moe, size
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_bfloat16_computes_near_float32_with_a_float32_router(built):
 
 def test_summary_counts_what_init_makes(built):
     config, transformer, variables = built
-    found = model.summary(config, VOCAB)
+    found = size.count(config, VOCAB)
     sizes = [a.size for a in jax.tree.leaves(variables["params"])]
     assert found["parameters"]["total"] == sum(sizes)
     # Two MoE layers of 4 experts with 3 matrices of 32 x 32; 2 of 4 are active.

@@ -2,7 +2,7 @@
 
 OLMoE-shaped (experiments/olmoe_shaped.py): 4 layers, D=256, F=256, vocabulary 4096, 16 sequences of 256 tokens,
 float32, AdamW. Every round runs the best float32 matmul (2048 cubed) and one step of each model in turn. Model FLOPs
-are moelab.model.summary's: three times the forward matmuls with full attention.
+are moelab.size.count's: three times the forward matmuls with full attention.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from moelab import config as configs
-from moelab import data, model, optimizer, step
+from moelab import data, model, optimizer, size, step
 from moelab.quant import recipes
 from pallas_kernels import timing
 
@@ -61,7 +61,7 @@ def make_run(config: str, recipe: str = "none") -> tuple[Callable[[], Any], int,
         state[0], report = train_step(state[0], tokens, one)
         return state[0], report
 
-    flops = model.summary(loaded, VOCAB)["flops_per_token"]["train"] * batch * length
+    flops = size.count(loaded, VOCAB)["flops_per_token"]["train"] * batch * length
     shape = {"layers": loaded.model.num_layers, "width": loaded.model.width}
     shape |= {"batch": batch, "length": length, "vocabulary": VOCAB}
     return run, flops, shape

@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from moelab import blocks
 from moelab import model as model_lib
 from moelab.errors import ConfigError
 from moelab.quant.storage import PackedRun
@@ -31,7 +32,7 @@ class Layer:
     """One block of the model: its place among all blocks, and what belongs to it in each collection."""
 
     index: int
-    config: model_lib.BlockConfig
+    config: blocks.BlockConfig
     params: dict
     quantized: dict
     router_state: dict
