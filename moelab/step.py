@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moelab import loss, moe, parallel
+from moelab import loss, micro_batches, parallel
 from moelab import model as model_lib
+from moelab import router_state as router_state_lib
 from moelab.quant import oscillation, packing
 
 
@@ -142,7 +143,7 @@ def make_train_step(
     count, share_of_teacher = config.train.accumulation_steps, config.quantization.teacher_share
     watch = oscillation_reset(config) if quantized else None
 
-    def forward(params, router_state, micro: _Micro):
+    def forward(params, router_state, micro: micro_batches.MicroBatch):
         batch = micro.batch
         inputs = model_lib.Inputs(
             batch.token_BL, batch.mask_BL, batch.domain_B, micro.key, micro.row_B
@@ -164,7 +165,7 @@ def make_train_step(
         )
         return value
 
-    def divergence(params, out, micro: _Micro, weight_T, teacher):
+    def divergence(params, out, micro: micro_batches.MicroBatch, weight_T, teacher):
         batch = micro.batch
         inputs = model_lib.Inputs(batch.token_BL, batch.mask_BL, batch.domain_B)
         wanted = jax.lax.stop_gradient(teacher_model.apply(teacher, inputs, train=False))
@@ -180,7 +181,7 @@ def make_train_step(
         )
         return value
 
-    def objective(params, router_state, micro: _Micro, total, poison, teacher):
+    def objective(params, router_state, micro: micro_batches.MicroBatch, total, poison, teacher):
         out, batch = forward(params, router_state, micro), micro.batch
         mask_T = batch.mask_BL.reshape(-1)
         weight_T = jnp.where(mask_T, 1.0 / total, 0.0)
@@ -203,40 +204,47 @@ def make_train_step(
             ),
             jnp.zeros((), jnp.float32),
         )
-        reports, rows = _split_rows(jax.tree.map(jax.lax.stop_gradient, out.reports))
-        return wanted + penalty, (lm_loss, divergent, _shared_out(reports, share), rows)
+        reports, rows = micro_batches.split_rows(jax.tree.map(jax.lax.stop_gradient, out.reports))
+        return wanted + penalty, (
+            lm_loss,
+            divergent,
+            micro_batches.shared_out(reports, share),
+            rows,
+        )
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
-    def summed_gradient(state, router_state, micros: _Micro, total, poison, teacher):
+    def summed_gradient(
+        state, router_state, micros: micro_batches.MicroBatch, total, poison, teacher
+    ):
         def call(micro):
             (value, (lm_loss, divergent, reports, rows)), grads = gradient(
                 state.params, router_state, micro, total, poison, teacher
             )
             return (value, lm_loss, divergent, reports, grads), rows
 
-        summed, rows = _over_micro_batches(call, micros, count)
+        summed, rows = micro_batches.over_all(call, micros, count)
         return *summed, rows
 
-    def counted(state, micros: _Micro):
+    def counted(state, micros: micro_batches.MicroBatch):
         """The state as mechanisms that count first want it: with this step's statistics."""
-        names = [n for n, m in _mechanisms(model) if m.counts_first]
+        names = [n for n, m in router_state_lib.mechanisms(model) if m.counts_first]
         if not names:
             return state.router_state
 
         def call(micro):
             out = forward(state.params, state.router_state, micro)
-            reports, rows = _split_rows(out.reports)
+            reports, rows = micro_batches.split_rows(out.reports)
             return reports, rows
 
-        reports, rows = _over_micro_batches(call, micros, count)
-        return update_router_state(model, state.router_state, reports, rows, only=names)
+        reports, rows = micro_batches.over_all(call, micros, count)
+        return router_state_lib.update(model, state.router_state, reports, rows, only=names)
 
     def step(
         state: TrainState, batch, poison, teacher: dict | None = None
     ) -> tuple[TrainState, StepReport]:
         total = jnp.maximum(jnp.sum(batch.mask_BL), 1).astype(jnp.float32)
-        micros = _cut(state, batch, count, model.mesh.size)
+        micros = micro_batches.cut(state, batch, count, model.mesh.size)
         router_state = counted(state, micros)
         total_loss, lm_loss, divergent, reports, grads, rows = summed_gradient(
             state, router_state, micros, total, poison, teacher
@@ -251,7 +259,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         flips = _flip_rate(config if quantized else None, model, state, params)
         params, watched, reset = _reset(watch, model, state, params)
-        router_state = update_router_state(model, router_state, reports, rows)
+        router_state = router_state_lib.update(model, router_state, reports, rows)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
         skipped = jnp.logical_not(finite).astype(jnp.int32)
         new_state = TrainState(
@@ -308,130 +316,6 @@ def _reset(watch: oscillation.Reset | None, model, state: TrainState, params: An
     old, new = rounded_weights(model, state.params), rounded_weights(model, params)
     watched, new, count = watch.update(state.oscillation, old, new, state.step + 1)
     return packing.with_expert_weights(params, new), watched, count
-
-
-class _Micro(NamedTuple):
-    """A micro-batch, or a stack of them.
-
-    Attributes:
-      batch: data.Batch.
-      row_B: int32 places of its sequences in the step's batch.
-      key: (2,) uint32 key data of the step's noise.
-    """
-
-    batch: Any
-    row_B: jax.Array
-    key: jax.Array
-
-
-def _cut(state: TrainState, batch, count: int, num_devices: int) -> _Micro:
-    """Stacks the step's micro-batches; the one of a step without accumulation is not stacked."""
-    run_key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-    key = jax.random.key_data(jax.random.fold_in(run_key, state.step))
-    row_B = jnp.arange(batch.mask_BL.shape[0], dtype=jnp.int32)
-    if count == 1:
-        return _Micro(batch, row_B, key)
-    cut = jax.tree.map(lambda a: split_batch(a, count, num_devices), (batch, row_B))
-    return _Micro(*cut, jnp.broadcast_to(key, (count, *key.shape)))
-
-
-def _over_micro_batches(call, micros: _Micro, count: int):
-    """Calls call(micro) -> (summed, rows) on every micro-batch; adds the first up, concatenates the second."""
-    if count == 1:
-        return call(micros)
-
-    def body(total, micro):
-        part, rows = call(micro)
-        return jax.tree.map(jnp.add, total, part), rows
-
-    shapes = jax.eval_shape(lambda m: call(jax.tree.map(lambda a: a[0], m))[0], micros)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    summed, rows = jax.lax.scan(body, zeros, micros)
-    # (micro-batches, layers, tokens, ...) -> (layers, all tokens, ...)
-    return summed, jax.tree.map(
-        lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:]), rows
-    )
-
-
-def _split_rows(reports: Any) -> tuple[Any, Any]:
-    """Takes the rows and the trace out of the reports, the rest of which can be added up."""
-    rows = tuple({k: r.rows for k, r in segment.items()} for segment in reports)
-    rest = tuple(
-        {k: r._replace(rows={}, trace=None) for k, r in segment.items()} for segment in reports
-    )
-    return rest, rows
-
-
-def _shared_out(reports: Any, share: jax.Array) -> Any:
-    """Weighs what is a mean over tokens by the micro-batch's share of them, so that it can be added up."""
-
-    def weighed(report: moe.LayerReport) -> moe.LayerReport:
-        return report._replace(
-            loss={name: value * share for name, value in report.loss.items()},
-            weight={name: value * share for name, value in report.weight.items()},
-            logit_norm=report.logit_norm * share,
-            log_sum_exp=report.log_sum_exp * share,
-        )
-
-    return tuple({k: weighed(r) for k, r in segment.items()} for segment in reports)
-
-
-def split_batch(array: jax.Array, count: int, num_devices: int) -> jax.Array:
-    """Splits the batch axis into (count, batch / count), each micro-batch spread over all devices."""
-    per_device = array.reshape(num_devices, count, -1, *array.shape[1:])
-    return jnp.swapaxes(per_device, 0, 1).reshape(count, -1, *array.shape[1:])
-
-
-def _mechanisms(model: model_lib.Transformer) -> tuple:
-    """(name, mechanism) of the model's MoE layers, which all have the same."""
-    blocks = (block for segment in model.segments for block in segment.blocks)
-    return next((b.moe.mechanisms for b in blocks if b.moe is not None), ())
-
-
-def update_router_state(
-    model: model_lib.Transformer, state: Any, reports: Any, rows: Any, only: list[str] | None = None
-) -> Any:
-    """Applies each mechanism's update (or those of `only`) to its state in every layer, given the step's statistics."""
-    shared = {
-        name: _over_layers(reports, name) for name, m in _mechanisms(model) if m.across_layers
-    }
-    new = {}
-    for i, (segment, report, row) in enumerate(zip(model.segments, reports, rows, strict=True)):
-        blocks = {}
-        for name in segment.sparse if f"segment_{i}" in state else ():
-            config = segment.blocks[int(name.removeprefix("block_"))].moe
-            old = state[f"segment_{i}"][name]["moe"]
-            statistics = {n: report[name].observation[n] | row[name][n] for n in old}
-            for n in shared.keys() & old.keys():
-                statistics[n] = _for_each(shared[n], segment.count)
-            blocks[name] = {"moe": _updated(config, old, statistics, only)}
-        if blocks:
-            new[f"segment_{i}"] = blocks
-    return new
-
-
-def _over_layers(reports: Any, name: str) -> dict[str, jax.Array]:
-    """Adds a mechanism's statistics up over all MoE layers."""
-    parts = [r.observation[name] for segment in reports for r in segment.values()]
-    parts = [jax.tree.map(lambda a: jnp.sum(a, axis=0), part) for part in parts]
-    return jax.tree.map(lambda *a: sum(a[1:], a[0]), *parts)
-
-
-def _for_each(total: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), total)
-
-
-def _updated(config: moe.MoeConfig, state: dict, statistics: dict, only: list[str] | None) -> dict:
-    """Updates the mechanisms that have a state; the leading axis is the segment's layers."""
-    new = dict(state)
-    for name, mechanism in config.mechanisms:
-        if name in state and (only is None or name in only):
-
-            def update(old, total, mechanism=mechanism):
-                return mechanism.update(old, total, config.router)
-
-            new[name] = jax.vmap(update)(state[name], statistics[name])
-    return new
 
 
 def _step_report(scalars: dict[str, jax.Array], state: TrainState, reports) -> StepReport:

@@ -9,7 +9,7 @@ import pytest
 from small_step import NARROW, UNOPTIMISED, VOCAB, small_config
 from tiny import make_config, make_inputs
 
-from moelab import balance, blocks, model, routers, step, train
+from moelab import balance, blocks, model, router_state, routers, train
 
 
 def compiled(function):
@@ -77,7 +77,7 @@ def updated(kind, name, statistics, **fields):
     rows = ({"block_0": {kind: {}}},)
     state = {"segment_0": {"block_0": {"moe": {kind: old}}}}
     built = SimpleNamespace(segments=(segment,))
-    new = step.update_router_state(built, state, ({"block_0": report},), rows)
+    new = router_state.update(built, state, ({"block_0": report},), rows)
     return np.asarray(new["segment_0"]["block_0"]["moe"][kind][name])
 
 

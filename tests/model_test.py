@@ -102,14 +102,14 @@ def test_cached_logits_equal_the_uncached(built, chunks):
     inputs = make_inputs(batch=2)
     wanted = forward(transformer, variables, inputs).hidden_BLD
     cache, got, start = {}, [], 0
-    for size in chunks:
+    for length in chunks:
         part = inputs._replace(
-            token_BL=inputs.token_BL[:, start : start + size],
-            mask_BL=inputs.mask_BL[:, start : start + size],
+            token_BL=inputs.token_BL[:, start : start + length],
+            mask_BL=inputs.mask_BL[:, start : start + length],
         )
         out, cache = transformer.apply(variables | cache, part, cache_length=16, mutable=["cache"])
         got.append(out.hidden_BLD)
-        start += size
+        start += length
     np.testing.assert_allclose(jnp.concatenate(got, 1), wanted, rtol=1e-4, atol=2e-5)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import VOCAB, make_config
 
-from moelab import data, model, optimizer, step
+from moelab import data, micro_batches, model, optimizer, step
 
 BALANCE = dict(z_loss=dict(coefficient=0.001), loss_free_bias=dict(rate=0.01))
 
@@ -149,5 +149,5 @@ def test_schedules_by_hand(fields, wanted):
 
 def test_split_batch_gives_every_device_its_share_of_each_micro_batch():
     # Eight sequences on two devices (0-3, 4-7), two micro-batches: each takes two from either device.
-    parts = step.split_batch(jnp.arange(8), 2, 2)
+    parts = micro_batches.split_batch(jnp.arange(8), 2, 2)
     np.testing.assert_array_equal(parts, [[0, 1, 4, 5], [2, 3, 6, 7]])
