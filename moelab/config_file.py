@@ -7,9 +7,12 @@ fields then change that file's.
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
+import itertools
 import json
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import ml_collections
@@ -128,20 +131,12 @@ def _read_json(path: Path) -> Mapping:
 
 def _run(path: Path, preset: str) -> Mapping:
     """Executes an experiment file and calls its get_config."""
-    space = {"__name__": path.stem, "__file__": str(path)}
-    try:
-        exec(compile(path.read_bytes(), str(path), "exec"), space)
-        if not callable(space.get("get_config")):
-            raise ConfigError(f'{path}:1: no function get_config(preset="")')
-        _check_preset(path, preset, space)
+    space = _execute(path)
+    if not callable(space.get("get_config")):
+        raise ConfigError(f'{path}:1: no function get_config(preset="")')
+    _check_preset(path, preset, space)
+    with _located(path):
         config = space["get_config"](preset) if preset else space["get_config"]()
-    except ConfigError:
-        raise
-    except SyntaxError as error:
-        raise ConfigError(f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}") from None
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"{path}:{_line(error, path)}: {type(error).__name__}: {text}") from error
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
     if not isinstance(config, Mapping):
@@ -149,6 +144,77 @@ def _run(path: Path, preset: str) -> Mapping:
             f"{path}:1: get_config wants to return a ConfigDict, got {type(config).__name__}"
         )
     return _merged(_base(path, space.get("BASE", "")), config)
+
+
+def _execute(path: Path) -> dict:
+    """Returns the names that an experiment file defines."""
+    space = {"__name__": path.stem, "__file__": str(path)}
+    with _located(path):
+        exec(compile(path.read_bytes(), str(path), "exec"), space)
+    return space
+
+
+@contextlib.contextmanager
+def _located(path: Path) -> Iterator[None]:
+    """Turns whatever a file's code raises into one line with the file's line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}") from None
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{path}:{_line(error, path)}: {type(error).__name__}: {text}") from error
+
+
+_PREFIX = "sweep_"  # of the generator functions in an experiment file
+_MOST_POINTS = 10_000  # of one generator; more is taken for one that never ends
+
+
+def sweeps(source: str) -> tuple[Path | None, dict[str, Callable[[], list[Mapping]]]]:
+    """Returns the sweeps of an experiment file: `def sweep_NAME(): yield {"router.k": 4}`, and those of its BASE.
+
+    Args:
+      source: as `read` takes it; a saved config has no sweeps.
+
+    Returns:
+      The file (None for a saved config), and by name a function that lists the sweep's points, nested or dotted.
+      It raises a ConfigError with the file's line where the generator does not yield mappings.
+
+    Raises:
+      ConfigError: no such file, or the file is broken.
+    """
+    path, _ = _find(source)
+    if path.is_dir() or path.suffix == ".json":
+        return None, {}
+    return path, _sweeps(path)
+
+
+def _sweeps(path: Path) -> dict[str, Callable[[], list[Mapping]]]:
+    space = _execute(path)
+    base = space.get("BASE", "").partition(":")[0]
+    found = _sweeps(path.parent / base) if base and (path.parent / base).is_file() else {}
+    for name, value in space.items():
+        if name.startswith(_PREFIX) and name != _PREFIX and callable(value):
+            found[name.removeprefix(_PREFIX)] = functools.partial(_points, path, name, value)
+    return found
+
+
+def _points(path: Path, name: str, generator: Callable) -> list[Mapping]:
+    with _located(path):
+        points = list(itertools.islice(generator(), _MOST_POINTS + 1))
+    if not points:
+        raise ConfigError(f"{path}: {name} yields no point")
+    if len(points) > _MOST_POINTS:
+        raise ConfigError(f"{path}: {name} yields more than {_MOST_POINTS} points")
+    for i, point in enumerate(points, 1):
+        if not isinstance(point, Mapping | ml_collections.ConfigDict):
+            got = type(point).__name__
+            raise ConfigError(
+                f"{path}: {name} wants to yield dicts of field -> value; point {i} is a {got}"
+            )
+    return points
 
 
 def _base(path: Path, base: str) -> Mapping:

@@ -516,3 +516,42 @@ class TestOtherCommands:
         assert built["sha256"] in shown.out and "Text" in shown.out
         done = moelab_main("data", "build", *words, "--config.data.path=nowhere")
         assert done.code == 2 and done.line.count("\n") == 0
+
+
+class TestSweep:
+    FILE = (
+        '"""A file."""\nimport ml_collections\n\ndef get_config():\n'
+        "    return ml_collections.ConfigDict(dict(tokenizer=dict(kind='byte')))\n\n"
+        "def sweep_k():\n    yield {'router.k': 1}\n    yield {'router.k': 2}\n"
+    )
+
+    def test_lists_points_and_their_cost_first(self, moelab_main):
+        Path("x.py").write_text(self.FILE)
+        words = ("sweep", "--config=x.py", "--sweep=k", "--seeds=0-1", "--list")
+        done = moelab_main(*words)
+        assert done.code == 0
+        assert "k=1-seed=0" in done.out and "waiting" in done.out
+        assert "4 points: 4 waiting; 4 to run" in done.err and "FLOPs of training" in done.err
+        found = json.loads(moelab_main(*words, "--json").out)
+        assert len(found["points"]) == 4 and found["points"][0]["flops"] > 0
+        assert found["workdir"] == "runs/x-k-seeds"
+        assert not Path("runs").exists()  # a list writes nothing
+
+    @pytest.mark.parametrize(
+        "words, message",
+        [
+            (("--sweep=kk",), "no sweep 'kk'; did you mean --sweep=k?"),
+            (("--sweep=k", "--seeds=4-1"), "--seeds: wants seeds, each once"),
+            (("--sweep=k", "--seeds=1,1"), "--seeds: wants seeds, each once"),
+            (("--sweep=k", "--config.router.kk=1"), "point k=1-"),
+            (("--sweep=k", "--slurm_option=a=1"), "--slurm_option is for --slurm"),
+            (("--sweep=k", "--slurm", "--slurm_option=a"), "wants NAME=VALUE, got 'a'"),
+        ],
+    )
+    def test_errors_name_what_was_meant(self, moelab_main, words, message):
+        Path("x.py").write_text(self.FILE)
+        done = moelab_main("sweep", "--config=x.py", *words, "--list")
+        assert done.code == 2 and message.rstrip("-") in done.err
+
+    def test_wants_a_config(self, moelab_main):
+        assert "wants --config" in moelab_main("sweep", "--sweep=k").err

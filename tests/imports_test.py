@@ -25,6 +25,7 @@ RANKS = [
     ["moelab.bench", "moelab.evaluate", "moelab.generate", "moelab.record", "moelab.routes"],
     ["moelab.train"],
     ["moelab.launch"],
+    ["moelab.sweep"],
     ["moelab.cli", "moelab.__main__"],
 ]
 # No model code, anywhere in them; no jax while they are imported.
@@ -41,10 +42,11 @@ PLAIN = [
     "moelab.placement",
     "moelab.schema",
     "moelab.spelling",
+    "moelab.sweep_file",
     "moelab.trace",
     "moelab.validation",
 ]
-NO_JAX_AT_IMPORT = [*PLAIN, "moelab.cli", "moelab.launch", "moelab.__main__"]
+NO_JAX_AT_IMPORT = [*PLAIN, "moelab.cli", "moelab.launch", "moelab.sweep", "moelab.__main__"]
 FORBIDDEN = {"torch", "tensorflow", "clu", "pickle"}
 
 

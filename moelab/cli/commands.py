@@ -6,7 +6,7 @@ import argparse
 import functools
 
 import moelab
-from moelab.cli import kernel_commands, words
+from moelab.cli import kernel_commands, sweep_commands, words
 
 _DESCRIPTION = "A research toolkit for sparse Mixture-of-Experts language models in JAX."
 _EXAMPLES = """\
@@ -16,6 +16,7 @@ examples:
   moelab run --config=demo:smoke --dry_run              what would it cost?
   moelab config fields --config=demo                    every field: type, value, meaning
   moelab generate --workdir=runs/demo --prompt="Once"   let the trained model write
+  moelab sweep --config=FILE --sweep=A --seeds=0-4       many runs; what is finished is skipped
   moelab report runs/a runs/b --out=report.html         compare finished runs
   moelab routes record runs/demo                        which experts do the tokens go to?
   moelab quantize --workdir=runs/demo --out=packed      4-bit experts, stored and compared
@@ -33,6 +34,7 @@ def build() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"moelab {moelab.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", prog="moelab")
     _running(commands)
+    sweep_commands.declare(commands)
     _results(commands)
     _quantize(commands)
     _routes(words.group(commands, "routes", "record, replay, compare and place routes of tokens"))

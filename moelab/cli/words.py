@@ -136,6 +136,22 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def seeds(text: str) -> tuple[int, ...]:
+    """Reads seeds: 0,1,2 or 0-4 or both.
+
+    >>> seeds("0-2,7")
+    (0, 1, 2, 7)
+    """
+    found: list[int] = []
+    for part in names(text):
+        first, dash, last = part.partition("-")
+        low = integer(first)
+        found += range(low, integer(last) + 1) if dash else [low]
+    if not found or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"wants seeds, each once, as 0,1,2 or 0-4, got {text!r}")
+    return tuple(found)
+
+
 def counts(text: str) -> tuple[int, ...]:
     """Reads N,M,...; each from 1."""
     return tuple(positive(name) for name in names(text))
