@@ -11,7 +11,11 @@ import numpy as np
 
 from pallas_kernels import roofline
 from pallas_kernels.formats import FORMATS
-from pallas_kernels.grouped_matmul import mosaic_sm90_tiling, mosaic_sm100_tiling
+from pallas_kernels.grouped_matmul import (
+    mosaic_sm90_tiling,
+    mosaic_sm100_decode,
+    mosaic_sm100_tiling,
+)
 from pallas_kernels.roofline import Limits, Product, Schedule
 
 
@@ -25,6 +29,18 @@ def of_sm100(tiling: mosaic_sm100_tiling.Tiling, format: str) -> Schedule:
         step_bytes=tiling.stage_bytes(format) * tiling.num_ctas,
         stages=tiling.stages,
         ctas=tiling.num_ctas,
+    )
+
+
+def of_sm100_decode(tiling: mosaic_sm100_decode.Tiling, format: str) -> Schedule:
+    """Of `mosaic_sm100_decode`. An MMA of few columns may take longer than their share, which is not counted."""
+    return Schedule(
+        rows=tiling.tile_t,
+        columns=mosaic_sm100_tiling.TILE_M,
+        depth=tiling.tile_k,
+        aligned=True,
+        step_bytes=tiling.stage_bytes(format),
+        stages=tiling.stages,
     )
 
 
@@ -60,11 +76,34 @@ PLAIN = mosaic_sm100_tiling.Tiling(tile_n=128, stages=5)
 WIDE = mosaic_sm100_tiling.Tiling(tile_n=256, stages=3, accumulators=1)
 PAIRED = mosaic_sm100_tiling.Tiling(tile_n=256, stages=4, accumulators=1, collective=True)
 SM100 = {"128x128": PLAIN, "128x256": WIDE, "256x256, 2 CTAs": PAIRED}
+# Tokens of a tile, with operands swapped: as deep a ring as fits.
+SM100_SWAPPED = {f"{tile_t}x128, swapped": tile_t for tile_t in (8, 16, 32, 64)}
+# A tenth is no difference: the model is not that good, and the first tilings are the simplest.
+_HANDICAP = {"128x128": 1.0, "128x256": 1.1, "256x256, 2 CTAs": 1.2} | dict.fromkeys(
+    SM100_SWAPPED, 1.1
+)
+
+
+def sm100_tiling(
+    name: str, format: str, out_dtype: np.dtype
+) -> mosaic_sm100_tiling.Tiling | mosaic_sm100_decode.Tiling:
+    """Returns the tiling of `mosaic_sm100` or `mosaic_sm100_decode` of a name in SM100 or SM100_SWAPPED."""
+    if name in SM100_SWAPPED:
+        return mosaic_sm100_decode.default_tiling(SM100_SWAPPED[name], format, out_dtype)
+    return SM100[name].storing(out_dtype)
+
+
+def sm100_schedule(name: str, product: Product) -> Schedule:
+    """Returns how the tiling of a name in SM100 or SM100_SWAPPED walks over a product."""
+    if name in SM100:
+        return of_sm100(SM100[name], product.w)
+    out_dtype = np.dtype(f"V{product.out_bytes}")
+    return of_sm100_decode(sm100_tiling(name, product.w, out_dtype), product.w)
 
 
 @functools.cache
 def choose_sm100(product: Product, limits: Limits = roofline.B200, collective: bool = True) -> str:
-    """Returns the name in SM100 of the fastest tiling for a product; the first of equals.
+    """Returns the name in SM100 or SM100_SWAPPED of the fastest tiling for a product; the first of equals.
 
     Args:
       product: its outputs and inputs are multiples of 128 and 256.
@@ -78,11 +117,10 @@ def choose_sm100(product: Product, limits: Limits = roofline.B200, collective: b
     ]
 
     def seconds(name: str) -> float:
-        # A tenth is no difference: the model is not that good, and the first tilings are the simplest.
-        time = roofline.roofline(product, of_sm100(SM100[name], product.w), limits).time
-        return time * (1 + 0.1 * list(SM100).index(name))
+        time = roofline.roofline(product, sm100_schedule(name, product), limits).time
+        return time * _HANDICAP[name]
 
-    return min(fits, key=seconds)
+    return min((*fits, *SM100_SWAPPED), key=seconds)
 
 
 def before_and_after(
@@ -96,7 +134,7 @@ def before_and_after(
     touched = max(sum(size > 0 for size in product.sizes_E), 1)
     if kernel == "mosaic_sm100":
         chosen = choose_sm100(product, limits)
-        return tuple((n, of_sm100(SM100[n], product.w)) for n in (next(iter(SM100)), chosen))
+        return tuple((n, sm100_schedule(n, product)) for n in (next(iter(SM100)), chosen))
     if kernel == "mosaic_sm90":
         fitted = mosaic_sm90_tiling.default_tiling(
             product.rows / touched, product.outputs, product.inputs, product.w, np.dtype("float32")

@@ -15,7 +15,7 @@ import pytest
 
 from pallas_kernels import formats, private_jax
 from pallas_kernels.grouped_matmul import mosaic_sm100_mlp as mlp
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import reference, row_copies
 from tests.mutants import mosaic_sm100_mlp as mutants
 from tests.mutants import mutated
 
@@ -165,6 +165,9 @@ def test_mutants(mutant, monkeypatch):
         module = mlp
         if mutant in mutants.EPILOGUE:
             monkeypatch.setattr(mlp, "epilogue", mutated(mlp.epilogue.__name__, mutant))
+        elif mutant in mutants.COPIES:
+            copies = mutated(row_copies.__name__, mutant)
+            monkeypatch.setattr(mlp.epilogue, "row_copies", copies)
         else:
             module = mutated(mlp.__name__, mutant)
         caught = None if same(_compiled.__wrapped__("nvfp4", module=module)()) else "numerics"

@@ -9,71 +9,37 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import formats, private_jax
-from pallas_kernels.grouped_matmul import mosaic_sm100, mosaic_sm100_loop, reference
+from pallas_kernels.grouped_matmul import (
+    mosaic_sm100,
+    mosaic_sm100_loop,
+    reference,
+    row_copies,
+)
 from pallas_kernels.grouped_matmul.mosaic_sm100 import Tiling
+from tests import fp4_products as products
 from tests.mutants import mosaic_sm100 as mutants
 from tests.mutants import mutated
 
-# Few pseudo-threads stand for asynchronous copies: where two share one, a race between them goes unseen.
-_INTERPRET = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=32)
-_SMALL = Tiling(stages=2, epilogue_n=64, fewest_rows=32)
+_SMALL = Tiling(stages=2, epilogue_n=64)
 
 
-def _compiled(x, w, sizes_E, *, module=mosaic_sm100, tiling=_SMALL, num_sms=1, **options):
-    """Returns a compiled call, and its arguments."""
-    options = {"out_dtype": jnp.float32, "interpret": _INTERPRET} | options
-    scales = {k: options.pop(k, None) for k in ("expert_scale_E", "row_scale_T", "bias_EN")}
-
-    def call(x, w, sizes_E, scales):
-        return module.grouped_matmul_codes(
-            x, w, sizes_E, tiling=tiling, num_sms=num_sms, **scales, **options
-        )
-
-    arguments = x, w, jnp.asarray(sizes_E, jnp.int32), scales
-    return jax.jit(call).lower(*arguments).compile(), arguments
+def _compiled(*operands, **options):
+    return products.compiled(*operands, **{"module": mosaic_sm100, "tiling": _SMALL} | options)
 
 
 def _call(*operands, **options):
-    compiled, arguments = _compiled(*operands, **options)
-    return compiled(*arguments)
-
-
-def _exact(rng, format, *shape):
-    """Random codes with scales 1/2, 1 and 2: products and sums are multiples of 1/16, small enough for float32."""
-    *lead, depth = shape
-    powers = {"nvfp4": (48, 56, 64), "mxfp4": (126, 127, 128)}[format]
-    codes = formats.pack(jnp.asarray(rng.integers(0, 16, shape), jnp.uint8))
-    blocks = (*lead, depth // formats.FORMATS[format].block)
-    scales = jnp.asarray(rng.choice(powers, blocks), jnp.uint8)
-    amax = jnp.full(lead[:-1], 2688.0, jnp.float32) if format == "nvfp4" else None
-    return formats.BlockScaled(codes, scales, amax, format, formats.FORMATS[format].rules[0])
-
-
-def _expected(x, w, sizes, expert_scale_E, row_scale_T=None, bias_EN=None):
-    """In float64, with values as quantized: (T, N)."""
-    x_TK, w_ENK = (np.asarray(formats.dequantize(q), np.float64) for q in (x, w))
-    y_TN = np.zeros((x_TK.shape[0], w_ENK.shape[1]))
-    end_E = np.minimum(np.cumsum(sizes), len(x_TK))
-    for e, (start, end) in enumerate(zip([0, *end_E[:-1]], end_E, strict=True)):
-        y_TN[start:end] = x_TK[start:end] @ w_ENK[e].T * float(expert_scale_E[e])
-        if row_scale_T is not None:
-            y_TN[start:end] *= np.asarray(row_scale_T, np.float64)[start:end, None]
-        if bias_EN is not None:
-            y_TN[start:end] += np.asarray(bias_EN[e], np.float64)
-    return y_TN
+    return products.call(*operands, **{"module": mosaic_sm100, "tiling": _SMALL} | options)
 
 
 @pytest.mark.parametrize(
     "format, num_columns, sizes, num_rows, tiling, num_sms, out_dtype",
     [
-        # Blocks shared by four groups, empty groups, one row, a ragged end, rows of nobody over two blocks; parts of
-        # blocks and whole ones are loaded.
+        # Blocks shared by four groups, empty groups, one row, a ragged end, rows of nobody over two blocks.
         ("nvfp4", 128, [0, 78, 1, 0, 60, 13], 260, _SMALL, 1, jnp.float32),
         # Wide tiles, one accumulator, one stage, two SMs, every row taken, padded rows.
         (
@@ -91,27 +57,16 @@ def _expected(x, w, sizes, expert_scale_E, row_scale_T=None, bias_EN=None):
 )  # fmt: skip
 def test_small_numbers_are_exact(format, num_columns, sizes, num_rows, tiling, num_sms, out_dtype):
     rng = np.random.default_rng(0)
-    x = _exact(rng, format, num_rows, 512)
-    w = formats.arranged(_exact(rng, format, len(sizes), num_columns, 512), "tcgen05")
+    x = products.exact(rng, format, num_rows, 512)
+    w = formats.arranged(products.exact(rng, format, len(sizes), num_columns, 512), "tcgen05")
     expert_scale_E = jnp.asarray(2.0 ** np.arange(-1, len(sizes) - 1), jnp.float32)
     options = dict(tiling=tiling, num_sms=num_sms, out_dtype=out_dtype)
     got = _call(x, w, sizes, expert_scale_E=expert_scale_E, **options)
-    expected = _expected(x, w, sizes, expert_scale_E)
+    expected = products.expected(x, w, sizes, expert_scale_E)
     assert got.dtype == out_dtype and got.shape == (num_rows, num_columns)
     # Sums are exact, so the only rounding is the last one.
     np.testing.assert_array_equal(got, jnp.asarray(expected, jnp.float32).astype(out_dtype))
     assert not np.asarray(got, np.float32)[sum(sizes) :].any()
-
-
-def _quantized(rng, format, sizes, num_rows, depth, num_columns):
-    """Operands of random numbers, and the scales that the format leaves to the epilogue."""
-    x_TK = jnp.asarray(rng.normal(size=(num_rows, depth)), jnp.float32)
-    w_ENK = jnp.asarray(rng.normal(size=(len(sizes), num_columns, depth)), jnp.float32)
-    x, w = formats.quantize(x_TK, format, num_batch_axes=1), formats.quantize(w_ENK, format)
-    expert_scale_E = formats.global_scale(w)
-    if expert_scale_E is None:
-        expert_scale_E = jnp.ones(len(sizes), jnp.float32)
-    return x, w, {"expert_scale_E": expert_scale_E, "row_scale_T": formats.global_scale(x)}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +82,7 @@ def test_reference(format, out_dtype, tolerance):
     """A scale per row and per expert, and a bias, as the reference has them."""
     sizes, num_rows = [40, 0, 88, 5], 140
     rng = np.random.default_rng(1)
-    x, w, scales = _quantized(rng, format, sizes, num_rows, 512, 128)
+    x, w, scales = products.quantized(rng, format, sizes, num_rows, 512, 128)
     bias_EN = jnp.asarray(rng.normal(size=(len(sizes), 128)), jnp.bfloat16)
     got = _call(x, w, sizes, bias_EN=bias_EN, out_dtype=out_dtype, **scales)
     expected = reference.grouped_matmul(
@@ -141,7 +96,7 @@ def test_reference(format, out_dtype, tolerance):
 def test_rows_of_nobody_may_hold_anything():
     """Their codes, scales and row scales are NaN, and those of their block's owners are not touched."""
     sizes, num_rows = [20, 30], 60
-    x, w, scales = _quantized(np.random.default_rng(2), "nvfp4", sizes, num_rows, 256, 128)
+    x, w, scales = products.quantized(np.random.default_rng(2), "nvfp4", sizes, num_rows, 256, 128)
     compiled, arguments = _compiled(x, w, sizes, **scales)
     clean = compiled(*arguments)
     tail_T = jnp.arange(num_rows) >= sum(sizes)
@@ -155,7 +110,7 @@ def test_rows_of_nobody_may_hold_anything():
 
 
 def test_no_rows():
-    x, w, scales = _quantized(np.random.default_rng(3), "nvfp4", [0, 0], 4, 256, 128)
+    x, w, scales = products.quantized(np.random.default_rng(3), "nvfp4", [0, 0], 4, 256, 128)
     x = jax.tree.map(lambda leaf: leaf[:0], x)
     got = _call(x, w, [0, 0], **scales | {"row_scale_T": scales["row_scale_T"][:0]})
     assert got.shape == (0, 128)
@@ -170,10 +125,10 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module")
 def case():
-    """Four tiles, so that both accumulators and both stages are used again; of three, a part of a block is loaded."""
+    """Four tiles, so that both accumulators and both stages are used again."""
     sizes, num_rows = [140, 0, 20, 28], 200
-    x, w, scales = _quantized(np.random.default_rng(4), "nvfp4", sizes, num_rows, 512, 128)
-    expected = _expected(x, w, sizes, np.ones(len(sizes)))
+    x, w, scales = products.quantized(np.random.default_rng(4), "nvfp4", sizes, num_rows, 512, 128)
+    expected = products.expected(x, w, sizes, np.ones(len(sizes)))
 
     def right(y_TN):
         return np.abs(np.asarray(y_TN) - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -191,6 +146,8 @@ def test_mutants(mutant, case, monkeypatch):
     module = mosaic_sm100
     if mutant in mutants.LOOP:
         monkeypatch.setattr(module, "main_loop", mutated(mosaic_sm100_loop.__name__, mutant))
+    elif mutant in mutants.COPIES:
+        monkeypatch.setattr(module, "row_copies", mutated(row_copies.__name__, mutant))
     else:
         module = mutated(mosaic_sm100.__name__, mutant)
     try:
@@ -212,8 +169,6 @@ def test_mutants(mutant, case, monkeypatch):
         (dict(tile_k=128), "tile_k must be"),
         (dict(accumulators=3), "accumulators must be"),
         (dict(epilogue_n=128), "epilogue_n must be"),
-        (dict(fewest_rows=16), "fewest_rows must be"),
-        (dict(fewest_rows=64, collective=True), "fewest_rows must be"),
         (dict(stages=0), "stages must be"),
         (dict(group_order=0), "group_order must be"),
     ],
@@ -248,7 +203,7 @@ def test_budgets():
 
 def test_refuses():
     rng = np.random.default_rng(5)
-    x, w, scales = _quantized(rng, "nvfp4", [4, 4], 8, 512, 128)
+    x, w, scales = products.quantized(rng, "nvfp4", [4, 4], 8, 512, 128)
 
     def refused(message, error=ValueError, x=x, w=w, sizes=(4, 4), **options):
         with pytest.raises(error, match=message):
@@ -262,7 +217,7 @@ def test_refuses():
     refused("K must be a multiple", x=cut(x, 128), w=cut(w, 128))
     refused("3072", w=jax.tree.map(lambda leaf: leaf[:, :64] if leaf.ndim > 1 else leaf, w))
     refused(r"x \(T, K\)", x=cut(x, 256))
-    refused("one kind", w=_exact(rng, "mxfp4", 2, 128, 512))
+    refused("one kind", w=products.exact(rng, "mxfp4", 2, 128, 512))
     refused("NVFP4 or MXFP4", w=formats.quantize(jnp.ones((2, 128, 512)), "mxfp8_e4m3"))
     refused("group_sizes_E", sizes=(4, 4, 0))
     refused("row_scale_T", row_scale_T=jnp.ones(9))

@@ -282,6 +282,8 @@ def test_mutants(name, mutant, case, monkeypatch):
     elif name == "mosaic_sm90_decode":
         monkeypatch.setattr(mosaic_sm90, "decode", copy)
         monkeypatch.setattr(mosaic_sm90_loop, "decode", copy)
+    elif name == "row_copies":
+        monkeypatch.setattr(mosaic_sm90_loop, "row_copies", copy)
     else:
         monkeypatch.setattr(mosaic_sm90, "rows", copy)
     try:

@@ -3,7 +3,7 @@
     codes of the rows, gathered by the routing     `quantize`
     gate and up, SwiGLU, and codes of its result   `mosaic_sm100_mlp`; in bfloat16, and then `quantize`, where the scale
                                                    needs the whole row (NVFP4 per token)
-    down, times the combine weights                `mosaic_sm100`
+    down, times the combine weights                `mosaic_sm100`, or `mosaic_sm100_decode` for few rows
 
 The gradient is that of the unfused composition, which is computed anew for it. Between the layers the fused kernel
 quantizes from float32, the unfused one from x's dtype. Not yet run on hardware.
@@ -63,9 +63,9 @@ def rows(
 
 
 def _kernels(precision, here, x_TD, token_N, weight_N, gate_up, down, sizes_E, x_amax):
-    from pallas_kernels.grouped_matmul import mosaic_sm100, mosaic_sm100_mlp
+    from pallas_kernels.grouped_matmul import mosaic_sm100_mlp
 
-    count, f32 = token_N.shape[0], jnp.dtype(jnp.float32)
+    f32 = jnp.dtype(jnp.float32)
     shared = dict(num_sms=here.num_sms, interpret=kernels.interpreter())
     x = _quantized(x_TD, token_N, precision.gate_up, sizes_E, x_amax[0])
     swiglu = dict(
@@ -86,14 +86,14 @@ def _kernels(precision, here, x_TD, token_N, weight_N, gate_up, down, sizes_E, x
         )
         act = _quantized(act_NF, None, after, sizes_E, None)
     scale_N = weight_N if act.global_amax is None else formats.global_scale(act) * weight_N
-    return mosaic_sm100.grouped_matmul_codes(
+    return kernels.sm100_product(
         act,
         down,
         sizes_E,
         expert_scale_E=_expert_scale(down),
         row_scale_T=scale_N,
         out_dtype=f32,
-        tiling=kernels.tiling_of(count, act.format, down, f32, here),
+        device=here,
         **shared,
     )
 

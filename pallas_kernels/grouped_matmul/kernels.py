@@ -211,32 +211,58 @@ def _call(
     kernel: str, out_dtype: jnp.dtype, device: Device, operands: tuple, scales: dict
 ) -> jax.Array:
     """Calls a kernel's function: what differs between the families is here."""
-    module = importlib.import_module(f"pallas_kernels.grouped_matmul.{kernel}")
     options: dict[str, Any] = scales | dict(out_dtype=out_dtype)
     if kernel.startswith("triton"):
         options |= dict(tiling=None, capability=device.capability)
     else:
         options |= dict(num_sms=device.num_sms, interpret=_INTERPRET.get())
     x, w, sizes_E = operands
+    # A copy, if they were arranged for the other kernel of this GPU.
+    w = formats.arranged(w, KERNELS[kernel].layout)
     if kernel == "mosaic_sm100":
-        options |= dict(tiling=tiling_of(x.shape[0], x.format, w, out_dtype, device))
-    w = formats.arranged(
-        w, KERNELS[kernel].layout
-    )  # a copy, if they were arranged for the other kernel of this GPU
+        return sm100_product(x, w, sizes_E, device=device, **options)
+    module = importlib.import_module(f"pallas_kernels.grouped_matmul.{kernel}")
     return module.grouped_matmul_codes(x, w, sizes_E, **options)
 
 
-def tiling_of(
+def sm100_product(
+    x: formats.BlockScaled,
+    w: formats.BlockScaled,
+    group_sizes_E: jax.Array,
+    *,
+    out_dtype: jnp.dtype,
+    device: Device,
+    **options: Any,
+) -> jax.Array:
+    """Calls `mosaic_sm100`, or `mosaic_sm100_decode`, with the tiling that is best by the roofline.
+
+    Args:
+      x, w, group_sizes_E, out_dtype: as in `mosaic_sm100.grouped_matmul_codes`.
+      device: which GPU.
+      **options: what else that takes.
+    """
+    from pallas_kernels.grouped_matmul import mosaic_sm100, mosaic_sm100_decode
+
+    tiling = sm100_tiling(x.shape[0], x.format, w, out_dtype, device)
+    swapped = isinstance(tiling, mosaic_sm100_decode.Tiling)
+    module = mosaic_sm100_decode if swapped else mosaic_sm100
+    return module.grouped_matmul_codes(
+        x, w, group_sizes_E, out_dtype=out_dtype, tiling=tiling, **options
+    )
+
+
+def sm100_tiling(
     rows: int, format: str, w: formats.BlockScaled, out_dtype: jnp.dtype, device: Device
 ) -> Any:
-    """Returns the tiling of `mosaic_sm100` that the roofline is best with, rows shared evenly."""
+    """Returns the tiling that the roofline is best with, rows shared evenly."""
     from pallas_kernels import roofline, schedules
 
     sizes_E = roofline.even(rows, w.shape[0])
     product = roofline.Product(sizes_E, *w.shape[1:], format, w.format, out_dtype.itemsize)
     limits = dataclasses.replace(roofline.B200, num_sms=device.num_sms)
     collective = _INTERPRET.get() is None and device.num_sms > 1
-    return schedules.SM100[schedules.choose_sm100(product, limits, collective)].storing(out_dtype)
+    name = schedules.choose_sm100(product, limits, collective)
+    return schedules.sm100_tiling(name, w.format, out_dtype)
 
 
 def _weight_gradient(device: Device, dy_BNU, x_BKU, padded_E) -> jax.Array:

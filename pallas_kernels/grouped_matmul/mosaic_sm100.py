@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -19,7 +20,7 @@ from jax import lax
 
 from pallas_kernels.formats import FORMATS, BlockScaled, arranged
 from pallas_kernels.grouped_matmul import mosaic_sm100_loop as main_loop
-from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul import row_copies, tiles
 from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import SMEM_BYTES, TILE_M, Tiling
 
 __all__ = ["Tiling", "default_tiling", "grouped_matmul_codes"]
@@ -120,10 +121,12 @@ def check(
     row_scale_T: jax.Array | None,
     bias_EN: jax.Array | None,
     out_dtype: jnp.dtype,
-    tiling: Tiling,
+    tiling: Any,
     num_sms: int,
+    *,
+    columns: int | None = None,
 ) -> None:
-    """Raises ValueError for what `grouped_matmul_codes` does not take."""
+    """Raises ValueError for what `grouped_matmul_codes` does not take; columns of a tile are tiling.tile_n, if None."""
     specs = [FORMATS[q.format] for q in (x, w)]
     if any(s.element.bits != 4 or s.float_scales for s in specs):
         raise ValueError(
@@ -141,10 +144,11 @@ def check(
             f"K must be a multiple of tile_k = {tiling.tile_k}, got {depth}: pad weights when they are loaded and rows "
             "when they are quantized (2880 of gpt-oss to 3072)"
         )
-    if num_columns % tiling.tile_n:
+    columns = tiling.tile_n if columns is None else columns
+    if num_columns % columns:
         raise ValueError(
-            f"N must be a multiple of tile_n = {tiling.tile_n}, got {num_columns}: pad weights when they are loaded "
-            "(2880 of gpt-oss to 3072)"
+            f"N must be a multiple of {columns}, the columns of a tile, got {num_columns}: pad weights when they are "
+            "loaded (2880 of gpt-oss to 3072)"
         )
     expected = {
         "group_sizes_E": (group_sizes_E, (num_experts,), jnp.int32),
@@ -179,15 +183,15 @@ def operands(x: BlockScaled, w: BlockScaled, tile_m: int) -> main_loop.Operands:
         x_scales = jnp.pad(x_scales, ((0, missing), (0, 0), (0, 0), (0, 0)))
     scale = main_loop.scale_dtype(w.format)
     return main_loop.Operands(
-        _four_bit(codes_x),
+        four_bit(codes_x),
         lax.bitcast_convert_type(x_scales, scale),
-        _four_bit(w.codes),
+        four_bit(w.codes),
         lax.bitcast_convert_type(arranged(w, "tcgen05").scales, scale),
     )
 
 
-def _four_bit(codes: jax.Array) -> jax.Array:
-    """uint8 [..., K / 2] as float4_e2m1fn [..., K]: no byte moves."""
+def four_bit(codes: jax.Array) -> jax.Array:
+    """Returns uint8 [..., K / 2] as float4_e2m1fn [..., K]: no byte moves."""
     pair = lax.bitcast_convert_type(codes, jnp.float4_e2m1fn)
     return pair.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
 
@@ -226,26 +230,8 @@ def _store(
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         buffer[...] = value
         plgpu.commit_smem()
-        _copy_rows(buffer, outputs[0], tile.block, tile.first_row, tile.rows, columns(chunk))
-
-
-def _copy_rows(buffer, out, block, first_row, rows, columns) -> None:
-    """Stores rows first_row .. first_row + rows - 1 of a buffer, as one group of copies of 128, 64, .. 1 rows."""
-    row = first_row
-    for size in (128, 64, 32, 16, 8, 4, 2, 1):
-        if size > out.shape[0]:
-            continue  # no box of a copy is larger than the array
-
-        @pl.when(rows & size != 0)
-        def _(row=row, size=size):
-            plgpu.copy_smem_to_gmem(
-                buffer.at[pl.ds(row, size)],
-                out.at[pl.ds(block * TILE_M + row, size), columns],
-                commit_group=False,
-            )
-
-        row = row + (rows & size)
-    plgpu.commit_smem_to_gmem_group()
+        to = tile.block * TILE_M + tile.first_row
+        row_copies.store_rows(buffer, outputs[0], tile.first_row, to, tile.rows, columns(chunk))
 
 
 def _zero_the_rest(share, shares, inputs, outputs, scratch, *, tiling) -> None:
@@ -264,7 +250,8 @@ def _zero_the_rest(share, shares, inputs, outputs, scratch, *, tiling) -> None:
         rows = jnp.minimum(num_rows - block * TILE_M, TILE_M) - first
 
         def zero_columns(j, _):
-            _copy_rows(buffer, out, block, first, rows, pl.ds(j * width, width))
+            to = block * TILE_M + first
+            row_copies.store_rows(buffer, out, first, to, rows, pl.ds(j * width, width))
 
         lax.fori_loop(0, num_columns // width, zero_columns, None)
 

@@ -119,12 +119,13 @@ def _buffers(tiling: Tiling, format: str, num_boxes: int) -> dict[str, Any]:
         shape = (stages, rows, tiling.tile_k)
         return plgpu.SMEM(shape, jnp.float4_e2m1fn, transforms=swizzled)
 
+    # Scales come in tiles of 128 rows, however few of them are used.
     def scales(rows):
-        return plgpu.SMEM((stages, rows // 128, columns // 4, 32, 16), scale)
+        return plgpu.SMEM((stages, pl.cdiv(rows, 128), columns // 4, 32, 16), scale)
 
     def tmem_scales(rows):
-        layout = plgpu.TMEMLayout.SCALES_LAYOUT
-        return plgpu.TMEM((rows, columns), scale, layout=layout, collective=tiling.collective)
+        shape, layout = (pl.cdiv(rows, 128) * 128, columns), plgpu.TMEMLayout.SCALES_LAYOUT
+        return plgpu.TMEM(shape, scale, layout=layout, collective=tiling.collective)
 
     def barrier(count, arrivals=1, tensor_core=True):
         return plgpu.Barrier(
@@ -207,26 +208,10 @@ class Loop:
 
     def _copy_rows(self, data: Operands, tile: Tile, k: jax.Array, stage: jax.Array) -> None:
         pair = self._copies(plgpu.CopyPartition.PARTITIONED(0))
-
-        def copy(first, rows):
-            plgpu.copy_gmem_to_smem(
-                data.x_TK.at[
-                    pl.ds(tile.block * self.tiling.tile_m + first, rows), self._columns(k)
-                ],
-                self.x.at[stage, pl.ds(first, rows)] if rows < TILE_M else self.x.at[stage],
-                self.full.at[stage],
-                **pair,
-            )
-
-        window = self.tiling.fewest_rows
-        if window == TILE_M:
-            copy(0, self.tiling.tile_m)
-        else:
-            # What is not loaded is left from another step: it is multiplied and not stored.
-            first = lax.div(tile.first_row, jnp.int32(window)) * window
-            stop = tile.first_row + tile.rows
-            pl.when(stop <= first + window)(lambda: copy(first, window))
-            pl.when(stop > first + window)(lambda: copy(0, TILE_M))
+        rows = pl.ds(tile.block * self.tiling.tile_m, self.tiling.tile_m)
+        plgpu.copy_gmem_to_smem(
+            data.x_TK.at[rows, self._columns(k)], self.x.at[stage], self.full.at[stage], **pair
+        )
         atoms = pl.ds(tile.block * self.tiling.num_ctas, self.tiling.num_ctas)
         plgpu.copy_gmem_to_smem(
             data.x_scales.at[atoms, self._scale_columns(k)],

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.formats import FORMATS, elements
-from pallas_kernels.grouped_matmul import mosaic_sm100 as plain
 from pallas_kernels.grouped_matmul import mosaic_sm100_loop as main_loop
+from pallas_kernels.grouped_matmul import row_copies
 from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import TILE_M
 from pallas_kernels.quantize import blocks
 
@@ -73,7 +73,8 @@ def store_act(tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, g
         if within + CHUNK == width:
             plgpu.commit_smem()
             columns = pl.ds(tile.column * TILE_F + turn * width, width)
-            plain._copy_rows(buffer, outputs[0], tile.block, tile.first_row, tile.rows, columns)
+            to = tile.block * TILE_M + tile.first_row
+            row_copies.store_rows(buffer, outputs[0], tile.first_row, to, tile.rows, columns)
 
 
 def store_codes(
@@ -112,7 +113,8 @@ def store_codes(
     )
     columns = pl.ds(tile.column * TILE_F, TILE_F)
     begin = scratch["codes"].at[pl.ds(TILE_M, TILE_M)]
-    _copy_first_rows(begin, outputs[0], tile.block * TILE_M + tile.first_row, tile.rows, columns)
+    to = tile.block * TILE_M + tile.first_row
+    row_copies.store_rows(begin, outputs[0], 0, to, tile.rows, columns)
 
 
 def _quantize(act_LW: jax.Array, format: str, rule: str, nvfp4) -> tuple[jax.Array, list]:
@@ -147,25 +149,6 @@ def _arrange(words, atoms) -> None:
             plgpu.store(atoms.at[word, :, q], word_Q, optimized=False)
 
 
-def _copy_first_rows(buffer, out, to, rows, columns) -> None:
-    """Stores the first rows of a buffer from row `to` on, as one group of copies of 128, 64, .. 1 rows."""
-    row = 0
-    for size in (128, 64, 32, 16, 8, 4, 2, 1):
-        if size > out.shape[0]:
-            continue  # no box of a copy is larger than the array
-
-        @pl.when(rows & size != 0)
-        def _(row=row, size=size):
-            plgpu.copy_smem_to_gmem(
-                buffer.at[pl.ds(row, size)],
-                out.at[pl.ds(to + row, size), columns],
-                commit_group=False,
-            )
-
-        row = row + (rows & size)
-    plgpu.commit_smem_to_gmem_group()
-
-
 def zero_the_rest(share, shares, inputs, outputs, scratch) -> None:
     """Writes zeros into the rows beyond the groups, blocks of 128 rows in turn."""
     used, out = inputs[0][0], outputs[0]
@@ -182,7 +165,7 @@ def zero_the_rest(share, shares, inputs, outputs, scratch) -> None:
         rows = jnp.minimum(num_rows - to, TILE_M)
 
         def zero_columns(j, _):
-            _copy_first_rows(buffer, out, to, rows, pl.ds(j * width, width))
+            row_copies.store_rows(buffer, out, 0, to, rows, pl.ds(j * width, width))
 
         lax.fori_loop(0, num_columns // width, zero_columns, None)
 

@@ -29,10 +29,8 @@ class Tiling:
       epilogue_n: columns that are stored at a time, from two buffers in turn; at most half of tile_n. They are a
         multiple of 128 bytes, since copies begin at any row and shared memory is copied from multiples of 128 bytes.
       swizzled_out: those buffers are swizzled, so that no bank of shared memory is written twice at once. Needs
-        epilogue_n columns of 128 bytes. Copies then begin at any row of a swizzled buffer, which the programming guide
-        allows and nothing here can show.
-      fewest_rows: 128 loads whole blocks of rows. 32 or 64 loads only that many where an expert's rows lie in one such
-        part of a block, as they do when each expert has few: a quarter or half of the traffic between L2 and the SMs.
+        epilogue_n columns of 128 bytes. Copies then begin at any row of a swizzled buffer: the pattern goes by
+        addresses, as the programming guide says, and nothing here can show it.
       collective: two CTAs share a tile of 256 rows: each loads half of the weights' rows. Cannot be interpreted.
       group_order: row tiles that are gone through together before the next columns. 1 reads a row tile once and the
         weights of an expert once per row tile; more read weights less often and rows more often. To keep L2 hits.
@@ -47,7 +45,6 @@ class Tiling:
     accumulators: int = 2
     epilogue_n: int = 64
     swizzled_out: bool = False
-    fewest_rows: int = TILE_M
     collective: bool = False
     group_order: int = 1
 
@@ -62,14 +59,6 @@ class Tiling:
         if self.epilogue_n not in (16, 32, 64, 128) or self.tile_n % (2 * self.epilogue_n):
             raise ValueError(
                 f"epilogue_n must be 16, 32, 64 or 128, and twice in tile_n, got {self.epilogue_n} of {self.tile_n}"
-            )
-        if (
-            self.fewest_rows not in (32, 64, TILE_M)
-            or self.collective
-            and self.fewest_rows < TILE_M
-        ):
-            raise ValueError(
-                f"fewest_rows must be 32, 64 or 128, and 128 if collective, got {self.fewest_rows}"
             )
         for name in ("stages", "group_order"):
             if getattr(self, name) < 1:
@@ -112,8 +101,9 @@ class Tiling:
         return self.accumulators * self.tile_n + rows // 128 * self.scale_columns(format)
 
     def storing(self, out_dtype: jnp.dtype) -> Tiling:
-        """Returns the same with the columns that are stored at a time 128 bytes wide, the least."""
-        return dataclasses.replace(self, epilogue_n=128 // jnp.dtype(out_dtype).itemsize)
+        """Returns the same with the columns that are stored at a time 128 bytes wide, the least, and swizzled."""
+        width = 128 // jnp.dtype(out_dtype).itemsize
+        return dataclasses.replace(self, epilogue_n=width, swizzled_out=True)
 
     def out_buffers(self, out_dtype: jnp.dtype) -> Any:
         """The two buffers that a tile is stored from: shared memory (2, 128, epilogue_n)."""

@@ -27,6 +27,7 @@ from jax import lax
 from pallas_kernels import private_wgmma
 from pallas_kernels.formats import FORMATS
 from pallas_kernels.grouped_matmul import mosaic_sm90_decode as decode
+from pallas_kernels.grouped_matmul import row_copies
 from pallas_kernels.grouped_matmul.mosaic_sm90_rows import ALIGNMENT, RowTiles
 from pallas_kernels.grouped_matmul.mosaic_sm90_tiling import ROWS, Tiling
 
@@ -273,7 +274,7 @@ class Roles:
         # "Not optimized" allows bank conflicts: they cost little, once per tile.
         plgpu.store(buffer.transpose((1, 0)), y_NT, optimized=False)
         plgpu.commit_smem()
-        _copy_rows(buffer, self.out_TN, tile.row, tile.rows, columns)
+        row_copies.store_rows(buffer, self.out_TN, 0, tile.row, tile.rows, columns)
 
     def _zero_rest(self, warpgroup: jax.Array) -> None:
         """Writes zeros into the rows of nobody, pieces of tile_n rows and 64 columns in turn."""
@@ -290,7 +291,8 @@ class Roles:
             piece = share + i * shares
             row = used + lax.div(piece, across) * height
             columns = pl.ds(lax.rem(piece, across) * ROWS, ROWS)
-            _copy_rows(buffer, self.out_TN, row, jnp.minimum(num_rows - row, height), columns)
+            rows = jnp.minimum(num_rows - row, height)
+            row_copies.store_rows(buffer, self.out_TN, 0, row, rows, columns)
 
         pieces = pl.cdiv(num_rows - used, height) * across
         lax.fori_loop(0, pl.cdiv(jnp.maximum(pieces - share, 0), shares), zero, None)
@@ -303,21 +305,6 @@ class Roles:
 def _registers(warpgroups: int) -> int:
     """Registers of a thread that computes: what the loading warpgroup leaves of 512 for one thread of each."""
     return min(256, (512 - _LOADING_REGISTERS) // warpgroups // 8 * 8)
-
-
-def _copy_rows(buffer: Ref, out_TN: Ref, row: jax.Array, count: jax.Array, columns) -> None:
-    """Stores the first `count` rows of a buffer, as copies of 2^i rows."""
-    size = 1 << (min(buffer.shape[0], out_TN.shape[0]).bit_length() - 1)
-    done = 0
-    while size:
-
-        @pl.when(count & size != 0)
-        def _(done=done, size=size):
-            plgpu.copy_smem_to_gmem(
-                buffer.at[pl.ds(done, size)], out_TN.at[pl.ds(row + done, size), columns]
-            )
-
-        done, size = done + (count & size), size // 2
 
 
 def table(tiles: RowTiles) -> jax.Array:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 
 from pallas_kernels.aot import Target
 from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import Tiling
+from pallas_kernels.schedules import PLAIN, SM100
 from pallas_kernels.verify import expect
 from pallas_kernels.verify.case import Case, Family, Program, capability
 from pallas_kernels.verify.shapes import EXPERTS, HIDDEN, ROWS, WIDTH, array, packed
 
 OUTPUTS, INPUTS = 2 * HIDDEN, WIDTH
 K_PER_MMA = 64  # 4-bit elements of a row that one MMA contracts
-TILINGS = {
-    "128x128": Tiling(tile_n=128, stages=5),
-    "128x256": Tiling(tile_n=256, stages=3, accumulators=1),
-    "256x256, 2 CTAs": Tiling(tile_n=256, stages=4, accumulators=1, collective=True),
-}
 # The schedule of tiles, and little else.
 TEMP_BYTES = 64 * 1024
 
 
-def loop_expectations(format: str, tiling: Tiling, *, boxes: int = 1):
+def loop_expectations(
+    format: str, tiling: Any, *, boxes: int = 1, packed_as_they_are: tuple[str, ...] = ()
+):
     """What a program that is one kernel with this main loop must look like, whatever its epilogue.
 
     MMAs, copies of scales and loads are those of one k-step, and there are none elsewhere.
@@ -32,8 +31,9 @@ def loop_expectations(format: str, tiling: Tiling, *, boxes: int = 1):
       format: of both operands.
       tiling: of the main loop.
       boxes: loads that a tile's weights take; codes and scales are loaded each for itself.
+      packed_as_they_are: parameters that nothing but the kernel may read; none: all that are packed.
     """
-    scales = (1 + tiling.tile_n // 128) * tiling.scale_columns(format) // 4
+    scales = (1 + -(-tiling.tile_n // 128)) * tiling.scale_columns(format) // 4
     return (
         expect.block_scaled_mma(format, tiling.tile_k // K_PER_MMA, ctas=tiling.num_ctas),
         expect.scale_copies(scales),
@@ -41,7 +41,7 @@ def loop_expectations(format: str, tiling: Tiling, *, boxes: int = 1):
         expect.num_kernels(1),
         expect.no_spills,
         expect.within_limits,
-        expect.packed_as_they_are(),
+        expect.packed_as_they_are(*packed_as_they_are),
     )
 
 
@@ -74,6 +74,7 @@ def _build(
 
 
 def _case(name: str, format: str, tiling: Tiling, *, out_dtype=jnp.bfloat16, scaled=False) -> Case:
+    tiling = tiling.storing(out_dtype)
     return Case(
         name=name,
         each_gpu=name == "128x128",
@@ -101,11 +102,11 @@ FAMILY = Family(
         case
         for format in ("nvfp4", "mxfp4")
         for case in (
-            *(_case(name, format, tiling) for name, tiling in TILINGS.items()),
+            *(_case(name, format, tiling) for name, tiling in SM100.items()),
             _case(
                 "128x128, float32 out, row scales, bias",
                 format,
-                Tiling(epilogue_n=32),
+                PLAIN,
                 out_dtype=jnp.float32,
                 scaled=True,
             ),

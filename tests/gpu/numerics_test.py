@@ -8,7 +8,8 @@ from conftest import INTERPRETED
 from products import expected, packed, product, unit_scales
 
 import pallas_kernels
-from pallas_kernels import MatmulPrecision, formats
+from pallas_kernels import MatmulPrecision, formats, schedules
+from pallas_kernels.grouped_matmul.kernels import KERNELS
 
 SIZES = [
     [128, 128],
@@ -51,6 +52,21 @@ def test_random_operands(kernel, format, sizes):
     assert not got[sum(sizes) :].any()
     half = product(kernel, x, w, sizes, jnp.bfloat16)
     np.testing.assert_allclose(half.astype(np.float64), want, rtol=2**-8, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("tiling", schedules.SM100_SWAPPED)
+def test_swapped_operands(here, monkeypatch, tiling, format):
+    """Few rows, whatever tiling the roofline would take: an expert with several blocks, blocks that experts share."""
+    if not here.is_tcgen05:
+        pytest.skip(f"operands are swapped on sm_10x only, this is {here}")
+    monkeypatch.setattr(schedules, "choose_sm100", lambda *_: tiling)
+    sizes = [3, 0, 70, 1]
+    x, w = random(format, 80, experts=4)
+    want = expected(x, w, sizes)
+    got = product(KERNELS["mosaic_sm100"], x, w, sizes)
+    assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()
+    assert not got[sum(sizes) :].any()
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])

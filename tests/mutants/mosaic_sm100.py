@@ -1,6 +1,6 @@
 """Seeded bugs of the grouped matmul on data-centre Blackwell: in its main loop, and in its epilogue."""
 
-from tests.mutants import Mutant
+from tests.mutants import Mutant, row_copies
 
 LOOP = (
     Mutant(
@@ -44,12 +44,6 @@ LOOP = (
         "acc = self._accumulator(self.tiling.accumulators - 1 - slot)\n",
     ),
     Mutant(
-        "a part of a block is put where the block begins",
-        "self.x.at[stage, pl.ds(first, rows)]",
-        "self.x.at[stage, pl.ds(0, rows)]",
-        "numerics",
-    ),
-    Mutant(
         "weights of one expert, scales of another",
         "data.w_scales.at[tile.expert,",
         "data.w_scales.at[0,",
@@ -76,7 +70,6 @@ EPILOGUE = (
         "",
         "race",
     ),
-    Mutant("all pieces of a ragged tile go to one row", "row = row + (rows & size)", "pass"),
     Mutant(
         "the scale of another expert",
         "factor = expert_scale_E[tile.expert]",
@@ -90,4 +83,6 @@ EPILOGUE = (
     ),
 )
 
-MUTANTS = (*LOOP, *EPILOGUE)
+COPIES = (row_copies.ONE_ROW,)
+
+MUTANTS = (*LOOP, *EPILOGUE, *COPIES)

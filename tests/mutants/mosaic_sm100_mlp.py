@@ -1,6 +1,6 @@
 """Seeded bugs of the fused feed-forward on data-centre Blackwell: around its epilogues, and in them."""
 
-from tests.mutants import Mutant
+from tests.mutants import Mutant, row_copies
 
 AROUND = (
     Mutant(
@@ -65,15 +65,12 @@ EPILOGUE = (
         "numerics",
     ),
     Mutant(
-        "all pieces of a ragged tile go to one row",
-        "out.at[pl.ds(to + row, size), columns]",
-        "out.at[pl.ds(to, size), columns]",
-    ),
-    Mutant(
         "the first row of nobody is not cleared",
         "to = used + (share",
         "to = used + 1 + (share",
     ),
 )
 
-MUTANTS = (*AROUND, *EPILOGUE)
+COPIES = (row_copies.ONE_ROW,)
+
+MUTANTS = (*AROUND, *EPILOGUE, *COPIES)

@@ -1,6 +1,6 @@
 """Seeded bugs of the weight-only grouped matmul on Hopper: in its kernel, its decoding, its rows, and around it."""
 
-from tests.mutants import Mutant
+from tests.mutants import Mutant, row_copies
 
 LOOP = (
     Mutant(
@@ -62,11 +62,6 @@ LOOP = (
         "numerics",
     ),
     Mutant(
-        "rows of the next expert are taken for the last one's",
-        "pl.when(count & size != 0)",
-        "pl.when((count | 8) & size != 0)",
-    ),
-    Mutant(
         "rows of nobody are left as they are",
         "jnp.minimum(num_rows - row, height)",
         "jnp.minimum(num_rows - row - 1, height)",
@@ -93,5 +88,6 @@ MODULES = {
     "mosaic_sm90_loop": LOOP,
     "mosaic_sm90_decode": DECODE,
     "mosaic_sm90_rows": ROWS,
+    "row_copies": (row_copies.OTHERS_ROWS,),
 }
 MUTANTS = tuple((module, mutant) for module, found in MODULES.items() for mutant in found)
