@@ -6,19 +6,13 @@ saved, resumable by the same command.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
-import json
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,13 +24,16 @@ from moelab import (
     metrics,
     optimizer,
     parallel,
+    preemption,
     record,
     restack,
+    run_directory,
     upcycle,
 )
 from moelab import config as configs
 from moelab import model as model_lib
 from moelab import step as step_lib
+from moelab import teacher as teachers
 from moelab.errors import ConfigError
 from moelab.progress import TrainProgress, data_progress, note
 
@@ -86,8 +83,8 @@ def run(
     workdir = Path(workdir)
     configs.check_directory(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    with _exclusive(workdir):
-        _write_config(workdir, configs.record(config, config_file, overrides))
+    with run_directory.exclusive(workdir):
+        run_directory.write_config(workdir, configs.record(config, config_file, overrides))
         finished = record.finished_card(workdir, config)
         if finished is not None:
             note(f"{workdir} is finished already; nothing to do (another --workdir starts anew)")
@@ -112,7 +109,7 @@ class _Session:
         self.plain_model = model_lib.from_dataset(config, dataset, self.mesh)
         self.recipe = model_lib.training_recipe(config)
         self.model = model_lib.from_dataset(config, dataset, self.mesh, recipe=self.recipe)
-        self.teacher = _teacher(config, dataset, self.mesh)
+        self.teacher = teachers.load(config, dataset, self.mesh)
         abstract = jax.eval_shape(lambda: model_lib.init(self.model, jax.random.key(0)))
         self.optimizer = optimizer.make(config, abstract["params"])
         if self.model.leak:
@@ -216,7 +213,7 @@ class _Session:
     def _continued(self, state: step_lib.TrainState) -> step_lib.TrainState:
         """The first state, with the parameters and router state of another run of the same model."""
         run = self.config.train.start_from
-        loaded = _load_other(run, self.dataset)
+        loaded = teachers.load_other(run, self.dataset)
         model = model_lib.from_dataset(loaded.config, loaded.dataset)
         trees, ours = (loaded.state.params, loaded.state.router_state), state[1:4:2]
         try:  # layers in high precision make another grouping of the same blocks
@@ -242,7 +239,7 @@ class _Session:
 
     def _upcycled(self, state: step_lib.TrainState) -> step_lib.TrainState:
         """The first state, with the parameters of a dense run."""
-        loaded = _load_other(self.config.upcycle.run, self.dataset)
+        loaded = teachers.load_other(self.config.upcycle.run, self.dataset)
         dense_model = model_lib.from_dataset(loaded.config, loaded.dataset)
         dense = jax.device_get(loaded.state.params)
         new = upcycle.params(self.config, self.model, state.params, dense_model, dense)
@@ -281,7 +278,7 @@ class _Session:
             self._program(self.first_step + 1).result()  # outside of the measured time
         self.started = self.window_start = time.perf_counter()
         self.window_tokens = 0
-        with TrainProgress(num_steps, progress) as bar, _stop_signals() as stop:
+        with TrainProgress(num_steps, progress) as bar, preemption.stop_signals() as stop:
             for step in range(self.first_step + 1, num_steps + 1):
                 batch = self._place(self.batches[step - 1])
                 poison = np.float32("nan" if step in poisoned else 1.0)
@@ -404,34 +401,6 @@ class _Session:
         return record.conclude(self, config_file, overrides, command)
 
 
-class _Teacher(NamedTuple):
-    """The high-precision model that is distilled, its variables, and where it comes from."""
-
-    model: model_lib.Transformer
-    variables: dict
-    detail: dict
-
-
-def _teacher(config, dataset, mesh) -> _Teacher | None:
-    """Loads the model that a config distils."""
-    run = config.quantization.teacher
-    if not run:
-        return None
-    loaded = _load_other(run, dataset)
-    model = model_lib.from_dataset(loaded.config, dataset, mesh)
-    variables = {"params": loaded.state.params, "router_state": loaded.state.router_state}
-    detail = {"run": run, "step": loaded.step, "digest": checkpoint.state_digest(loaded.state)}
-    return _Teacher(model, jax.device_put(variables, parallel.replicated(mesh)), detail)
-
-
-def _load_other(run: str, dataset) -> evaluate.Loaded:
-    """Another run's last state, which must know the same tokens."""
-    loaded = evaluate.load_run(run)
-    if loaded.dataset.tokenizer.sha256 != dataset.tokenizer.sha256:
-        raise ConfigError(f"{run} was trained with another tokenizer")
-    return loaded
-
-
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
 
@@ -439,45 +408,3 @@ def _shapes(tree: Any) -> Any:
 def _poisoned_steps() -> set[int]:
     text = os.environ.get(INJECT_NAN, "")
     return {int(step) for step in text.split(",") if step}
-
-
-def _write_config(workdir: Path, entry: dict) -> None:
-    path = workdir / "config.json"
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-
-
-@contextlib.contextmanager
-def _exclusive(workdir: Path) -> Iterator[None]:
-    """Holds the run directory's lock; the system releases it when the process ends, however it ends."""
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is working in {workdir}") from None
-        yield
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Turns SIGTERM and the first Ctrl-C into an event that the loop looks at after each step."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous: dict[int, Callable | int | None] = {}
-
-    def handle(number: int, frame: object) -> None:
-        del frame
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
