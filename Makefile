@@ -6,7 +6,8 @@
 # make setup       installs into .venv only; instant when nothing changed
 # make lint        ruff
 #
-# The tests and verify-kernels also install the compilers for GPUs that are not here (the extra aot, 1.4 GB).
+# The tests and verify-kernels also install the compilers for GPUs that are not here (the extra aot, 1.4 GB) and the
+# measurements that the planner is calibrated on (plan-data, 0.1 GB).
 #
 # PYTHON=... names the Python 3.12 to use; PYTEST_ARGS=... is added to pytest's command line.
 
@@ -67,6 +68,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(WITH_AOT): $(INSTALLED)
 	@echo "installing compilers for GPUs that are not here: a minute or two the first time" >&2
-	@$(PIP_INSTALL) -e '.[data,report,dev,aot]'
+	@$(PIP_INSTALL) -e '.[data,report,dev,aot,plan-data]'
 	@$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@

@@ -33,6 +33,7 @@ __all__ = [
     "sha256",
     "table",
     "validate",
+    "vocab_size",
 ]
 
 
@@ -211,6 +212,13 @@ def _kind_with(path: str) -> str | None:
         return None
     owners = (kind for kind in fields.kinds(section) if path in fields.of_kind(section, kind))
     return next(owners, None)
+
+
+def vocab_size(config: ml_collections.ConfigDict) -> int:
+    """Returns the number of token ids that the model is made for, without building the data."""
+    if config.data.kind == "tokens":
+        return config.data.vocab_size
+    return 257 if config.tokenizer.kind == "byte" else config.tokenizer.vocab_size
 
 
 def table(config: ml_collections.ConfigDict) -> dict[str, fields.Field]:

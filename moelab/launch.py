@@ -88,13 +88,6 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: str | Path, resume
         )
 
 
-def vocab_size(config: ml_collections.ConfigDict) -> int:
-    """Returns the number of token ids that the model is made for, without building the data."""
-    if config.data.kind == "tokens":
-        return config.data.vocab_size
-    return 257 if config.tokenizer.kind == "byte" else config.tokenizer.vocab_size
-
-
 def summary(config: ml_collections.ConfigDict) -> dict[str, object]:
     """Returns what a run would cost: parameters, bytes, FLOPs per token, steps and tokens. Touches no device.
 
@@ -105,7 +98,7 @@ def summary(config: ml_collections.ConfigDict) -> dict[str, object]:
 
     train = config.train
     return {
-        **size.count(config, vocab_size(config)),
+        **size.count(config, configs.vocab_size(config)),
         "steps": train.num_steps,
         "tokens": train.num_steps * train.batch_size * train.length,
     }

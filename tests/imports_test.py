@@ -40,6 +40,7 @@ PLAIN = [
     "moelab.fields",
     "moelab.metrics",
     "moelab.placement",
+    "moelab.plan",
     "moelab.schema",
     "moelab.spelling",
     "moelab.sweep_file",

@@ -105,7 +105,7 @@ def test_moelab_configs_have_their_own_counts(name):
 
 
 def test_xla_counts_the_same_flops():
-    """The compiled forward pass of one block ; one expert, since the reference computes every expert for every token."""
+    """The compiled forward pass of one block with one expert: the reference computes every expert for every token."""
     import jax
     import jax.numpy as jnp
 
@@ -120,7 +120,7 @@ def test_xla_counts_the_same_flops():
         "moe.implementation=reference",
     ]
     config = configs.load("tiny", overrides).config
-    vocab = launch.vocab_size(config)
+    vocab = configs.vocab_size(config)
     network = model_lib.from_config(config, vocab, parallel.make_mesh(1))
     tokens = jnp.zeros((2, 64), jnp.int32)
     inputs = model_lib.Inputs(token_BL=tokens, mask_BL=jnp.ones((2, 64), bool))

@@ -185,10 +185,9 @@ def from_experiment(text: str) -> Model:
       UserError: no such config, or a layer that this planner has no shape for.
     """
     from moelab import config as configs
-    from moelab import launch
 
     config = configs.load(text).config
-    return of_config(config, launch.vocab_size(config), text)
+    return of_config(config, configs.vocab_size(config), text)
 
 
 def of_config(config, vocab: int, name: str) -> Model:

@@ -47,13 +47,12 @@ class Recipe:
         return tuple(dict.fromkeys([*self.compute.values(), self.core]))
 
 
-def _recipe(name: str, experts: str, other: str, kv_bits: float = 16, weight_only=False) -> Recipe:
+def _recipe(name: str, experts: str, other: str, compute_experts: str = "") -> Recipe:
     formats = {role: "bf16" for role in ROLES}
     formats |= {"experts": experts, "dense": other, "attention": other}
     compute = {role: COMPUTE[form] for role, form in formats.items()}
-    if weight_only:
-        compute["experts"] = "bf16"
-    return Recipe(name, formats, compute, kv_bits)
+    compute["experts"] = compute_experts or compute["experts"]
+    return Recipe(name, formats, compute)
 
 
 RECIPES = {
@@ -62,8 +61,9 @@ RECIPES = {
     "nvfp4": _recipe("nvfp4", "nvfp4", "bf16"),
     "nvfp4_fp8": _recipe("nvfp4_fp8", "nvfp4", "fp8"),
     "mxfp4": _recipe("mxfp4", "mxfp4", "bf16"),
-    "mxfp4_w4a16": _recipe("mxfp4_w4a16", "mxfp4", "bf16", weight_only=True),
-    "nvfp4_w4a16": _recipe("nvfp4_w4a16", "nvfp4", "bf16", weight_only=True),
+    "mxfp4_w4a8": _recipe("mxfp4_w4a8", "mxfp4", "bf16", "fp8"),
+    "mxfp4_w4a16": _recipe("mxfp4_w4a16", "mxfp4", "bf16", "bf16"),
+    "nvfp4_w4a16": _recipe("nvfp4_w4a16", "nvfp4", "bf16", "bf16"),
     "int4": _recipe("int4", "int4", "bf16"),
 }
 ABOUT = {
@@ -72,6 +72,7 @@ ABOUT = {
     "nvfp4": "experts in NVFP4, weights and activations; the rest in bfloat16",
     "nvfp4_fp8": "experts in NVFP4, attention and dense layers in FP8",
     "mxfp4": "experts in MXFP4, weights and activations; the rest in bfloat16",
+    "mxfp4_w4a8": "experts stored in MXFP4 and computed with FP8 activations, as gpt-oss on Blackwell",
     "mxfp4_w4a16": "experts stored in MXFP4 and computed in bfloat16",
     "nvfp4_w4a16": "experts stored in NVFP4 and computed in bfloat16",
     "int4": "experts stored in INT4 and computed in bfloat16",
