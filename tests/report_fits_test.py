@@ -1,0 +1,218 @@
+"""Fitted curves and their intervals, against exact curves, scipy's fits and the tests that the intervals invert."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from moelab.report import fits
+
+SIZES = np.array([1e6, 2e6, 4e6, 8e6, 16e6])
+
+
+def parabola(sizes, best=5e6, curvature=0.05, level=2.0):
+    return level + curvature * np.log(sizes / best) ** 2
+
+
+class TestIsoFlop:
+    def test_an_exact_parabola(self):
+        found = fits.isoflop(SIZES, parabola(SIZES))
+        assert found.size == pytest.approx((5e6, 5e6, 5e6), rel=1e-4)
+        assert found.loss == pytest.approx((2, 2, 2), abs=1e-6) and found.inside
+
+    def test_a_level_per_seed_changes_nothing(self):
+        loss_SX = parabola(SIZES) + np.array([[0.0], [0.4], [-0.2]])
+        found = fits.isoflop(SIZES, loss_SX)
+        assert found.size == pytest.approx((5e6, 5e6, 5e6), rel=1e-4)
+        assert found.loss.estimate == pytest.approx(2 + 0.2 / 3)
+
+    def test_the_estimate_is_polyfits_and_the_bounds_invert_the_t_test(self):
+        loss = parabola(SIZES) + np.array([0.004, -0.006, 0.003, 0.002, -0.003])
+        u = np.log(SIZES)
+        (c, b, _), covariance = np.polyfit(u, loss, 2, cov=True)
+        found = fits.isoflop(SIZES, loss)
+        assert math.log(found.size.estimate) == pytest.approx(-b / (2 * c))
+        for bound in found.size[1:]:
+            # At a bound the slope b + 2 c u is just significant. polyfit scales its covariance by 1 / (n - 3), too.
+            gradient = np.array([2 * math.log(bound), 1.0, 0.0])
+            slope = b + 2 * c * math.log(bound)
+            t = abs(slope) / math.sqrt(gradient @ covariance @ gradient)
+            assert t == pytest.approx(stats.t.ppf(0.975, 2), rel=1e-5)
+
+    def test_what_the_points_do_not_show(self):
+        noise = np.array([0.1, -0.2, 0.15, 0.1, -0.1])
+        vague = fits.isoflop(SIZES, parabola(SIZES, curvature=0.001) + noise)
+        assert vague.size[1:] == (0, math.inf)
+        hill = fits.isoflop(SIZES, -parabola(SIZES))
+        assert math.isnan(hill.size.estimate) and hill.size[1:] == (0, math.inf) and not hill.inside
+        assert not fits.isoflop(SIZES, parabola(SIZES, best=1e8)).inside
+
+    @pytest.mark.parametrize(
+        "sizes, loss, message",
+        [
+            ([1, 2, 3], [1, 2, 3], "leave no freedom"),
+            ([1, 1, 2, 2], [1, 2, 3, 4], "at least 3 different x; got 2"),
+            ([0, 1, 2, 3], [1, 2, 3, 4], "positive finite x"),
+            ([1, 2, 3, 4], [1, 2, math.nan, 4], "finite y"),
+            ([1, 2, 3, 4], [1, 2, 3], r"got \(4,\) and \(1, 3\)"),
+        ],
+    )
+    def test_bad_input(self, sizes, loss, message):
+        with pytest.raises(ValueError, match=message):
+            fits.isoflop(sizes, loss)
+
+
+def test_power_law_is_scipys_line():
+    x = np.array([1.0, 3.0, 10.0, 30.0, 100.0])
+    y = 4 * x**0.5 * np.exp([0.02, -0.03, 0.01, 0.02, -0.02])
+    found = fits.power_law(x, y)
+    theirs = stats.linregress(np.log(x), np.log(y))
+    half = 3.182446 * theirs.stderr  # t(0.975, 3)
+    assert found.exponent == pytest.approx((theirs.slope, theirs.slope - half, theirs.slope + half))
+    assert found.intercept == pytest.approx(theirs.intercept) and found.n == 5
+    with pytest.raises(ValueError, match="positive finite x"):
+        fits.power_law(x, -y)
+
+
+class TestGranularity:
+    G = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+
+    def test_an_exact_power(self):
+        loss_SX = 2.0 + 0.3 * self.G**-0.6 + np.array([[0.0], [0.1]])
+        found = fits.granularity(self.G, loss_SX)
+        assert found.exponent.estimate == pytest.approx(0.6, rel=1e-4)
+        assert (found.floor, found.gain) == pytest.approx((2.05, 0.3), rel=1e-3)
+
+    def test_the_estimate_is_scipys_and_the_bounds_invert_the_f_test(self):
+        noise = np.array([0.003, -0.004, 0.002, 0.001, -0.002, -0.001])
+        g = np.append(self.G, 32.0)
+        loss = 2.0 + 0.3 * g**-0.6 + noise
+
+        def curve(g, floor, gain, exponent):
+            return floor + gain * g**-exponent
+
+        theirs, _ = optimize.curve_fit(curve, g, loss, p0=(2, 0.3, 0.5))
+        found = fits.granularity(g, loss)
+        assert (found.floor, found.gain, found.exponent.estimate) == pytest.approx(theirs, rel=1e-3)
+        least = ((loss - curve(g, *theirs)) ** 2).sum()
+        for bound in found.exponent[1:]:
+            line = stats.linregress(g**-bound, loss)
+            rest = ((loss - line.intercept - line.slope * g**-bound) ** 2).sum()
+            f = (rest - least) / (least / 3)  # six points, three numbers
+            assert f == pytest.approx(stats.f.ppf(0.95, 1, 3), rel=1e-3)
+
+    def test_what_the_points_do_not_show(self):
+        flat = fits.granularity(self.G, np.array([2.01, 1.99, 2.02, 2.0, 1.98]))
+        assert flat.exponent.low == 0 or flat.exponent.high == math.inf
+        with pytest.raises(ValueError, match="four points, or more seeds"):
+            fits.granularity(self.G[:3], np.ones(3))
+
+
+class TestCrossover:
+    X = np.array([1e6, 4e6, 16e6])
+
+    def arms(self, noise):
+        """b is worse by 0.02 at 1e6 and better by 0.02 at 16e6: equal at 4e6. Seeds shift both arms."""
+        seed_S1 = np.array([[0.0], [0.3], [-0.1], [0.05]])
+        a_SX = 3 - 0.1 * np.log(self.X) + seed_S1
+        line_X = -0.02 * np.log(self.X / 4e6) / math.log(4)
+        return a_SX, a_SX + line_X + noise
+
+    def test_exact_lines(self):
+        found = fits.crossover(self.X, *self.arms(0.0))
+        assert found.place == pytest.approx((4e6, 4e6, 4e6), rel=1e-6)
+        assert found.inside and found.b_gains
+        a_SX, b_SX = self.arms(0.0)
+        assert not fits.crossover(self.X, b_SX, a_SX).b_gains
+
+    def test_the_bounds_invert_the_t_test_over_seeds(self):
+        noise = np.array(
+            [
+                [0.002, 0.004, 0.003],
+                [-0.001, 0.0, -0.002],
+                [0.001, -0.003, 0.0],
+                [0.0, 0.001, 0.003],
+            ]
+        )
+        a_SX, b_SX = self.arms(noise)
+        found = fits.crossover(self.X, a_SX, b_SX)
+        for bound in found.place[1:]:
+            at = [
+                np.polyval(np.polyfit(np.log(self.X), row, 1), math.log(bound))
+                for row in b_SX - a_SX
+            ]
+            assert stats.ttest_1samp(at, 0).pvalue == pytest.approx(0.05, rel=1e-4)
+
+    def test_lines_that_may_be_parallel_cross_nowhere_for_sure(self):
+        rng = np.random.default_rng(0)
+        a_SX, _ = self.arms(0.0)
+        found = fits.crossover(self.X, a_SX, a_SX + rng.normal(0, 0.05, a_SX.shape))
+        assert found.place[1:] == (0, math.inf)
+
+    def test_one_seed_has_the_noise_of_its_points(self):
+        a, b = (arm[0] for arm in self.arms(np.array([0.001, -0.002, 0.001])))
+        found = fits.crossover(self.X, a, b)
+        assert found.place.low < 4e6 < found.place.high
+        with pytest.raises(ValueError, match="one seed wants three points"):
+            fits.crossover(self.X[:2], a[:2], b[:2])
+
+    def test_unpaired_seeds_are_refused(self):
+        a_SX, b_SX = self.arms(0.0)
+        with pytest.raises(ValueError, match="paired seeds"):
+            fits.crossover(self.X, a_SX, b_SX[:2])
+
+
+@pytest.mark.slow
+class TestCoverage:
+    """Bar 3: what says 95 % covers 95 % within two points."""
+
+    def check(self, covered):
+        assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+
+    def test_isoflop(self):
+        rng = np.random.default_rng(0)
+        size, loss = [], []
+        for _ in range(4000):
+            seed_S1 = rng.normal(0, 0.05, (3, 1))
+            noisy = parabola(SIZES) + rng.normal(0, 0.02, (3, 5)) + seed_S1
+            found = fits.isoflop(SIZES, noisy)
+            size.append(found.size.low <= 5e6 <= found.size.high)
+            truth = 2.0 + seed_S1.mean()  # the loss there of these seeds
+            loss.append(found.loss.low <= truth <= found.loss.high)
+        self.check(size)
+        self.check(loss)
+
+    def test_granularity(self):
+        rng = np.random.default_rng(1)
+        covered = []
+        curve = 2.0 + 0.3 * TestGranularity.G**-0.6
+        for _ in range(2000):
+            noisy = curve + rng.normal(0, 0.01, (3, 5)) + rng.normal(0, 0.05, (3, 1))
+            low, high = fits.granularity(TestGranularity.G, noisy).exponent[1:]
+            covered.append(low <= 0.6 <= high)
+        self.check(covered)
+
+    def test_power_law(self):
+        rng = np.random.default_rng(2)
+        x = np.array([1.0, 3.0, 10.0, 30.0])
+        covered = []
+        for _ in range(4000):
+            low, high = fits.power_law(x, x**0.5 * np.exp(rng.normal(0, 0.1, 4))).exponent[1:]
+            covered.append(low <= 0.5 <= high)
+        self.check(covered)
+
+    @pytest.mark.parametrize("seeds", [3, 5])
+    def test_crossover(self, seeds):
+        """Points of one seed are read from one run: their noise is shared, in level and in slope."""
+        rng = np.random.default_rng(seeds)
+        log_x = np.log(TestCrossover.X)
+        centred = log_x - math.log(4e6)
+        covered = []
+        for _ in range(4000):
+            a_SX = 3 + rng.normal(0, 0.1, (seeds, 1)) - 0.1 * log_x
+            level, slope = rng.normal(0, 0.006, (seeds, 1)), rng.normal(0, 0.003, (seeds, 1))
+            noise = level + slope * centred + rng.normal(0, 0.002, (seeds, 3))
+            found = fits.crossover(TestCrossover.X, a_SX, a_SX - 0.02 * centred + noise)
+            covered.append(found.place.low <= 4e6 <= found.place.high)
+        self.check(covered)
