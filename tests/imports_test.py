@@ -124,7 +124,12 @@ def test_experiments_are_pure_data(path):
 @pytest.mark.parametrize("path", [*LIBRARY, *KERNELS], ids=name_of)
 def test_only_declared_packages_are_imported(path):
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").lower().replace("-", "_")
-    renamed = {"orbax": "orbax_checkpoint", "absl": "absl_py", "tensorboardx": "tensorboardx"}
+    renamed = {
+        "orbax": "orbax_checkpoint",
+        "sklearn": "scikit_learn",
+        "absl": "absl_py",
+        "tensorboardx": "tensorboardx",
+    }
     for name in imports_of(path.read_text(encoding="utf-8"), name_of(path)):
         top = name.partition(".")[0]
         if top in sys.stdlib_module_names or top in ("moelab", "pallas_kernels"):

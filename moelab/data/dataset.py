@@ -132,6 +132,13 @@ class Dataset:
         return self._splits[name]
 
     @functools.cached_property
+    def quality(self):
+        """Labels and scores of the training documents (quality.table.Table); None where there are none."""
+        from moelab.data.quality import table  # which imports this
+
+        return table.read(self.directory)
+
+    @functools.cached_property
     def _splits(self) -> dict[str, TokenSplit]:
         return {name: self._open(name) for name in SPLITS}
 
@@ -156,9 +163,14 @@ INDEX_COLUMNS = ("domain", "offset", "num_tokens", "num_bytes", "id_bytes", "id_
 
 
 def write_index(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a split's index."""
+    write_arrays(path, {name: arrays[name] for name in INDEX_COLUMNS})
+
+
+def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an .npz without time stamps (numpy.savez has them): the same arrays, the same bytes."""
     with zipfile.ZipFile(path, "w") as archive:
-        for name in INDEX_COLUMNS:
+        for name in arrays:
             content = io.BytesIO()
             np.lib.format.write_array(content, arrays[name], allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())

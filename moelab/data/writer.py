@@ -13,7 +13,7 @@ import numpy as np
 
 from moelab.data import dataset, files, tokenizer
 from moelab.data.document import DataError, Document, TokenDocument
-from moelab.data.split import SPLITS, split_of
+from moelab.data.split import SPLITS
 
 MAX_DOMAINS = 128  # a domain is a coarse label with an open file; more is a mistaken column
 
@@ -39,14 +39,16 @@ class Writer:
         for split in SPLITS:
             (directory / split).mkdir()
 
-    def add(self, document: Document | TokenDocument, tokens: np.ndarray, num_bytes: int) -> None:
-        """Writes a document and its end token to the split that its id says."""
+    def add(
+        self, document: Document | TokenDocument, split: str, tokens: np.ndarray, num_bytes: int
+    ) -> None:
+        """Writes a document and its end token to a split."""
         self.num_documents += 1
         self._check(document)
         if not len(tokens):
             self.empty[document.domain] += 1
             return
-        key = (document.domain, split_of(document.domain, document.id))
+        key = (document.domain, split)
         if key not in self._files:
             self._files[key] = (self.directory / _part(*key)).open("wb")
         ended = np.append(tokens, self.end_id).astype(self.dtype)
@@ -88,18 +90,20 @@ def _part(domain: str, split: str) -> str:
     return f"{split}/{hashlib.sha256(domain.encode()).hexdigest()[:16]}.part"
 
 
-def manifest(writer: Writer, source, made) -> dict:
+def manifest(writer: Writer, source, made, found=None) -> dict:
     """Names and indexes what was written, and returns the manifest of the folder.
 
     Args:
       writer: closed.
       source: where the documents came from.
       made: the tokenizer.
+      found: quality.Prepared, where dirt or filters were asked for.
     """
     present = {domain for domain, _ in writer.rows}
     order = source.domains or tuple(sorted(present))
     domains = [domain for domain in order if domain in present]
     splits = {split: _finish_split(writer, split, domains) for split in SPLITS}
+    more = found.finish(writer.directory, tuple(domains)) if found else {}
     origins = source.origins()
     entries = {
         "format": dataset.FORMAT,
@@ -123,7 +127,7 @@ def manifest(writer: Writer, source, made) -> dict:
             for path in sorted(writer.directory.rglob("*"))
             if path.is_file()
         },
-    }
+    } | more
     return entries | {"sha256": dataset.manifest_sha256(entries)}
 
 

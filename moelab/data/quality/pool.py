@@ -1,0 +1,107 @@
+"""The training documents with their dirt in, as a stream that can be read again, and the clean ones to learn from.
+
+Nothing is kept in memory but one flag per document: every pass reads the source anew and makes the same dirt again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from moelab.data.document import Document
+from moelab.data.quality import workers
+from moelab.data.quality.contract import CLEAN, Labelled
+from moelab.data.split import split_of
+
+Progress = Callable[[str, int, int], None]
+
+
+class Pool:
+    """What injectors and filters see of the data.
+
+    Attributes:
+      source: as sources.open_source made it.
+      tokenizer: the dataset's, trained on the clean training split.
+      alive_N: bool, the training documents that no filter has removed; None: all.
+    """
+
+    def __init__(
+        self, source, injectors: Sequence[Any], tokenizer, progress: Progress | None = None
+    ):
+        self.source, self.tokenizer = source, tokenizer
+        self.alive_N: np.ndarray | None = None
+        self._injectors = tuple(injectors)
+        self._progress = progress or (lambda text, done, total: None)
+        self._fitted: list[Any] = []
+        for number, injector in enumerate(self._injectors):
+            self._progress(f"injecting {injector.kind}", 0, 0)
+            self._fitted.append(injector.fit(self, lambda number=number: self._training(number)))
+
+    def training(self) -> Iterator[Labelled]:
+        """Yields every training document, dirt included, with the truth about it."""
+        return self._training(len(self._injectors))
+
+    def _training(self, count: int) -> Iterator[Labelled]:
+        """Yields the training documents as the first `count` injectors leave them."""
+        stream = (
+            Labelled(document)
+            for document in self.source.documents()
+            if document.text and split_of(document.domain, document.id) == "train"
+        )
+        for injector, fitted in zip(self._injectors[:count], self._fitted, strict=False):
+            stream = _injected(stream, injector, fitted)
+        return stream
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the training documents that are left, without the truth about them."""
+        for number, one in enumerate(self.training()):
+            if self.alive_N is None or self.alive_N[number]:
+                yield one.document
+
+    def validation(self) -> Iterator[Document]:
+        """Yields the documents of the validation split: clean text, which no model is trained on."""
+        for document in self.source.documents():
+            if document.text and split_of(document.domain, document.id) == "validation":
+                yield document
+
+    def everything(self, kept_N: np.ndarray) -> Iterator[tuple[Document, str]]:
+        """Yields (document, split): the evaluation splits as they are, and the training documents that are kept."""
+        for document in self.source.documents():
+            name = split_of(document.domain, document.id)
+            if name != "train" or not document.text:
+                yield document, name
+        for one, kept in zip(self.training(), kept_N, strict=True):
+            if kept:
+                yield one.document, "train"
+
+    def map(
+        self,
+        function: Callable[[list[Document]], Any],
+        what: str,
+        documents: Iterable[Document] | None = None,
+    ) -> Iterator[Any]:
+        """Yields function(list of documents) for consecutive documents, computed in several processes.
+
+        Args:
+          function: picklable; returns something of the list's length.
+          what: for the progress display.
+          documents: by default self.documents().
+        """
+        total = 0 if self.alive_N is None or documents is not None else int(self.alive_N.sum())
+        done = 0
+        stream = self.documents() if documents is None else documents
+        for result in workers.map_chunks(function, stream):
+            done += len(result)
+            self._progress(what, done, total)
+            yield result
+
+
+def _injected(stream: Iterable[Labelled], injector, fitted) -> Iterator[Labelled]:
+    for one in stream:
+        if one.label.kind == CLEAN and injector.applies(one.document.domain):
+            yield from injector.apply(one, fitted)
+        else:
+            yield one
+    yield from injector.added(fitted)
