@@ -109,4 +109,4 @@ def _data(dataset) -> dict[str, Any]:
             name: sum(counts["tokens"] for counts in split["domains"].values())
             for name, split in manifest["splits"].items()
         },
-    }
+    } | {key: manifest[key] for key in ("quality",) if key in manifest}

@@ -155,7 +155,7 @@ class Quantization:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """What every kind of data that is text can have done to its training split; evaluation is always clean (DATA.md)."""
+    """What can be done to the training split of data that is text; evaluation is always clean (DATA.md)."""
 
     inject: tuple[str, ...] = ()  # dirt, as "KIND FIELD=VALUE ..." of data/quality/inject; in order
     filter: tuple[

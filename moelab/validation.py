@@ -13,6 +13,7 @@ from typing import NamedTuple
 import ml_collections
 
 from moelab import fields, schema, spelling
+from moelab.errors import UserError
 
 
 class Problem(NamedTuple):
@@ -222,6 +223,16 @@ def _data(config: ml_collections.ConfigDict) -> Iterator[Problem]:
             yield Problem("data.path", f"must exist, got {path!r}")
     for domains in _value(config, "data.domains"):
         yield from _listed("data.domains", domains, schema.Corpus().domains)
+    quality = importlib.import_module("moelab.data.quality")
+    for path, parse in (
+        ("data.inject", quality.parse_injectors),
+        ("data.filter", quality.parse_filters),
+    ):
+        for texts in _value(config, path):
+            try:
+                parse(texts)
+            except UserError as error:
+                yield Problem(path, str(error).removeprefix(f"{path}: "))
     if data.kind == "tokens" and data.end_id >= data.vocab_size > 0:
         yield Problem(
             "data.end_id", f"must be less than data.vocab_size={data.vocab_size}, got {data.end_id}"

@@ -101,7 +101,7 @@ class TestLightImports:
     def test_jax_comes_only_with_what_needs_it(self):
         code = (
             "import sys, moelab, moelab.cli, moelab.config, moelab.schema, moelab.environment, moelab.launch\n"
-            "import moelab.cli.running, moelab.cli.results, moelab.cli.inspecting, moelab.cli.data_commands\n"
+            "import moelab.cli.running, moelab.cli.results, moelab.cli.inspecting, moelab.cli.data\n"
             "import moelab.cli.routes, moelab.trace, moelab.diagnostics, moelab.placement\n"
             "assert 'run' in dir(moelab) and callable(moelab.load_config)\n"
             "assert moelab.cli.main(['config', 'list']) == 0\n"

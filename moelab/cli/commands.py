@@ -6,7 +6,7 @@ import argparse
 import functools
 
 import moelab
-from moelab.cli import kernel_commands, sweep_commands, words
+from moelab.cli import data_commands, kernel_commands, sweep_commands, words
 
 _DESCRIPTION = "A research toolkit for sparse Mixture-of-Experts language models in JAX."
 _EXAMPLES = """\
@@ -16,6 +16,7 @@ examples:
   moelab run --config=demo:smoke --dry_run              what would it cost?
   moelab config fields --config=demo                    every field: type, value, meaning
   moelab generate --workdir=runs/demo --prompt="Once"   let the trained model write
+  moelab data score --config=FILE --tool=classifier      which documents would a filter remove?
   moelab sweep --config=FILE --sweep=A --seeds=0-4       many runs; what is finished is skipped
   moelab report runs/a runs/b --out=report.html         compare finished runs
   moelab routes record runs/demo                        which experts do the tokens go to?
@@ -41,12 +42,7 @@ def build() -> argparse.ArgumentParser:
     kernel_commands.declare(commands)
     config = words.group(commands, "config", "show, compare and list configs")
     _config(config)
-    data = words.group(commands, "data", "build or describe the data of a config")
-    for name, text in (
-        ("build", "build the data"),
-        ("show", "describe the data; built first if need be"),
-    ):
-        words.add(data, name, f"data_commands:{name}", text, words.takes_config)
+    data_commands.declare(words.group(commands, "data", "build, describe, score, filter data"))
     words.add(commands, "env", "inspecting:env", "packages, machine, devices, caches, kernels")
     return parser
 

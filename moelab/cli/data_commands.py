@@ -1,58 +1,32 @@
-"""`moelab data build` and `data show`: the text of a config. No jax beyond what the config's router imports."""
+"""The options of `moelab data ...`."""
 
 from __future__ import annotations
 
-import argparse
-
-from moelab import environment
-from moelab.cli import output
-from moelab.cli.running import load_config
-from moelab.progress import data_progress
+from moelab.cli import words
 
 
-def build(args: argparse.Namespace) -> int:
-    """Builds the dataset of a config, or finds it built, and prints its folder."""
-    dataset = _dataset(args)
-    if args.json:
-        output.print_json(
-            {"directory": dataset.directory, "sha256": dataset.sha256, "domains": dataset.domains}
+def declare(data) -> None:
+    """Adds the commands to the group."""
+    for name, text in (
+        ("build", "build the data"),
+        ("show", "describe the data; built first if need be"),
+    ):
+        words.add(data, name, f"data:{name}", text, words.takes_config)
+    text = "let filters judge all training documents, each alone; nothing is removed"
+    score = words.add(data, "score", "data:score", text, words.takes_config)
+    text = "build the data with filters, and say what each removed"
+    chain = words.add(data, "filter", "data:filter", text, words.takes_config)
+    for command in (score, chain):
+        command.add_argument(
+            "--tool",
+            action="append",
+            default=[],
+            metavar="'KIND FIELD=VALUE'",
+            help="instead of those of config.data.filter; repeat for more",
         )
-    else:
-        print(dataset.directory)
-    return 0
-
-
-def show(args: argparse.Namespace) -> int:
-    """Prints sources, counts and a sample of each domain."""
-    from moelab import data
-
-    dataset = _dataset(args)
-    found = data.describe(dataset)
-    if args.json:
-        output.print_json(found)
-        return 0
-    print(f"{found['directory']}\nsha256 {found['sha256']}\n")
-    keys = ("split", "domain", "documents", "bytes", "tokens", "bytes_per_token")
-    output.print_table(keys, [[_cell(row[key]) for key in keys] for row in found["rows"]])
-    keys = list(dict.fromkeys(key for row in found["sources"] for key in row if key != "sha256"))
-    if len(keys) > 1:
-        print()
-        output.print_table(keys, [[row.get(key) for key in keys] for row in found["sources"]])
-    if dataset.tokenizer.kind != "external":
-        print()
-        texts = ((one.domain, " ".join(one.text[:200].split())) for one in data.sample(dataset))
-        output.print_table(("domain", "sample"), [(domain, text[:70]) for domain, text in texts])
-    return 0
-
-
-def _dataset(args: argparse.Namespace):
-    from moelab import data
-
-    environment.prepare()
-    config = load_config(args).config
-    progress = data_progress(not args.json)
-    return data.build(config.data, config.tokenizer, progress=progress)
-
-
-def _cell(value: object) -> object:
-    return f"{value:.3f}" if isinstance(value, float) else value
+    score.add_argument(
+        "--out", metavar="FILE", default="", help="every document: FILE.csv, .jsonl or .parquet"
+    )
+    chain.add_argument(
+        "--out", metavar="FILE", default="", help="text that stays: FILE.jsonl or .jsonl.gz"
+    )

@@ -21,6 +21,9 @@ from moelab.data.describe import Sample as Sample
 from moelab.data.describe import describe as describe
 from moelab.data.describe import sample as sample
 from moelab.data.document import DataError as DataError
+from moelab.data.judge import score as score
+from moelab.data.judge import write_scores as write_scores
+from moelab.data.judge import write_text as write_text
 from moelab.data.loader import Batch as Batch
 from moelab.data.loader import EvaluationBatches as EvaluationBatches
 from moelab.data.loader import evaluation_batches as evaluation_batches

@@ -47,8 +47,8 @@ def build(data_section, tokenizer_section, *, cache=None, progress: Progress | N
       DataError: the data, or a setting of it, is not as wanted.
     """
     root = cache_directory(cache) / "data"
-    section = _as_dataclass("data", data_section)
-    settings = _as_dataclass("tokenizer", tokenizer_section)
+    section = as_section("data", data_section)
+    settings = as_section("tokenizer", tokenizer_section)
     source = sources.open_source(section, root / "files")
     directory = root / _name(source, section, settings)
     if not _usable(directory):
@@ -70,7 +70,7 @@ def _silent(text: str, done: int, total: int) -> None:
     del text, done, total
 
 
-def _as_dataclass(name: str, section):
+def as_section(name: str, section):
     """Makes the frozen dataclass of a section; config.py has checked the names before."""
     kinds = schema.KINDS[name]
     if isinstance(section, tuple(kinds.values())):

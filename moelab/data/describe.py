@@ -23,7 +23,7 @@ def describe(dataset: Dataset) -> dict:
       "rows": a dict per split and domain, with documents, bytes, tokens and bytes_per_token (None
       where there are no tokens or the bytes are unknown); "sources": a dict per domain, with name,
       version, licence, attribution where known and the text's sha256; and directory, kind, fallback,
-      sha256, tokenizer, empty_documents as in the manifest.
+      sha256, tokenizer, empty_documents, and quality where there is any, as in the manifest.
     """
     manifest = dataset.manifest
     rows = [
@@ -35,11 +35,15 @@ def describe(dataset: Dataset) -> dict:
     ]
     same = ("kind", "fallback", "sha256", "tokenizer", "empty_documents")
     sources = [{"domain": domain} | entry for domain, entry in manifest["sources"].items()]
-    return {key: manifest[key] for key in same} | {
-        "directory": str(dataset.directory),
-        "sources": sources,
-        "rows": rows,
-    }
+    return (
+        {key: manifest[key] for key in same}
+        | {
+            "directory": str(dataset.directory),
+            "sources": sources,
+            "rows": rows,
+        }
+        | {key: manifest[key] for key in ("quality",) if key in manifest}
+    )
 
 
 def _ratio(counts: dict) -> float | None:

@@ -12,6 +12,7 @@ from moelab.data.document import DataError
 from moelab.data.quality import spec, table, truth
 from moelab.data.quality.contract import Verdicts
 from moelab.data.quality.pool import Pool
+from moelab.spelling import hint
 
 
 def run(pool: Pool, filters: Sequence[Any]) -> tuple[table.Table, list[dict[str, Any]]]:
@@ -30,6 +31,7 @@ def run(pool: Pool, filters: Sequence[Any]) -> tuple[table.Table, list[dict[str,
     found, outcomes = table.begin(pool), []
     if not len(found):
         raise DataError("the training split is empty: there is nothing to inject or to filter")
+    _check_domains(found.domains, pool, filters)
     pool.alive_N = np.ones(len(found), bool)
     for tool in filters:
         verdicts = tool.judge(pool)
@@ -48,6 +50,7 @@ def score(pool: Pool, filters: Sequence[Any]) -> tuple[table.Table, list[dict[st
     found, outcomes = table.begin(pool), []
     if not len(found):
         raise DataError("the training split is empty: there is nothing to score")
+    _check_domains(found.domains, pool, filters)
     pool.alive_N = np.ones(len(found), bool)
     for tool in filters:
         fresh = dataclasses.replace(
@@ -58,6 +61,16 @@ def score(pool: Pool, filters: Sequence[Any]) -> tuple[table.Table, list[dict[st
         found = _with(fresh, pool.alive_N, tool, tool.judge(pool))
         outcomes.append(truth.outcome(found, len(found.filters) - 1))
     return found, outcomes
+
+
+def _check_domains(known: Sequence[str], pool: Pool, filters: Sequence[Any]) -> None:
+    """Refuses a domain that the training split has not."""
+    for where, tools in (("data.inject", pool.injectors), ("data.filter", filters)):
+        for tool in tools:
+            for name in tool.domains:
+                if name not in known:
+                    guess = hint(name, known) or f"; the training split has {', '.join(known)}"
+                    raise DataError(f"{where}: {tool.kind}: no domain {name!r}{guess}")
 
 
 def _with(found: table.Table, alive_N: np.ndarray, tool, verdicts: Verdicts) -> table.Table:

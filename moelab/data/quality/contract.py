@@ -50,6 +50,10 @@ class BaseInjector:
 
     shares: ClassVar[tuple[str, ...]] = ("share",)  # fields between 0 and 1
     counts: ClassVar[tuple[str, ...]] = ()  # fields of at least 1
+    copies_clean: ClassVar[bool] = (
+        False  # its documents repeat clean ones, which must then stay clean
+    )
+    in_place: ClassVar[bool] = True  # it changes or moves documents
 
     @property
     def kind(self) -> str:

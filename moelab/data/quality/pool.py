@@ -23,6 +23,7 @@ class Pool:
 
     Attributes:
       source: as sources.open_source made it.
+      injectors: in the order in which they apply.
       tokenizer: the dataset's, trained on the clean training split.
       alive_N: bool, the training documents that no filter has removed; None: all.
     """
@@ -32,16 +33,16 @@ class Pool:
     ):
         self.source, self.tokenizer = source, tokenizer
         self.alive_N: np.ndarray | None = None
-        self._injectors = tuple(injectors)
+        self.injectors = tuple(injectors)
         self._progress = progress or (lambda text, done, total: None)
         self._fitted: list[Any] = []
-        for number, injector in enumerate(self._injectors):
+        for number, injector in enumerate(self.injectors):
             self._progress(f"injecting {injector.kind}", 0, 0)
             self._fitted.append(injector.fit(self, lambda number=number: self._training(number)))
 
     def training(self) -> Iterator[Labelled]:
         """Yields every training document, dirt included, with the truth about it."""
-        return self._training(len(self._injectors))
+        return self._training(len(self.injectors))
 
     def _training(self, count: int) -> Iterator[Labelled]:
         """Yields the training documents as the first `count` injectors leave them."""
@@ -50,7 +51,7 @@ class Pool:
             for document in self.source.documents()
             if document.text and split_of(document.domain, document.id) == "train"
         )
-        for injector, fitted in zip(self._injectors[:count], self._fitted, strict=False):
+        for injector, fitted in zip(self.injectors[:count], self._fitted, strict=False):
             stream = _injected(stream, injector, fitted)
         return stream
 
@@ -101,7 +102,9 @@ class Pool:
 def _injected(stream: Iterable[Labelled], injector, fitted) -> Iterator[Labelled]:
     for one in stream:
         if one.label.kind == CLEAN and injector.applies(one.document.domain):
-            yield from injector.apply(one, fitted)
+            for result in injector.apply(one, fitted):
+                # Chance may leave a short text as it was; then it is clean.
+                yield one if result.document == one.document else result
         else:
             yield one
     yield from injector.added(fitted)

@@ -1,4 +1,4 @@
-"""What a dataset's build takes from here: the documents to write, the labels and scores beside them, the manifest's part."""
+"""What a dataset's build takes from here: documents to write, their labels and scores, the manifest's part."""
 
 from __future__ import annotations
 

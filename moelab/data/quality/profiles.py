@@ -48,5 +48,5 @@ PROFILES = {
 
 
 def profile(domain: str, language: str) -> Profile:
-    """Returns a domain's profile; one that is not known here is prose of the given language, with published thresholds."""
+    """Returns a domain's profile; what is not known here is prose of that language, with published thresholds."""
     return PROFILES.get(domain) or Profile(language)

@@ -37,8 +37,10 @@ class RuleFilter(BaseFilter):
             yield f"language must be one of {', '.join(STOP_WORDS)}, got {self.language!r}"
 
     def applies(self, domain: str) -> bool:
-        """Whether a domain is prose, and asked for."""
-        return super().applies(domain) and bool(profile(domain, self.language).language)
+        """Whether a domain is asked for by name, or is prose."""
+        if self.domains:
+            return super().applies(domain)
+        return bool(profile(domain, self.language).language)
 
     def options(self, domain: Profile) -> dict[str, Any]:
         """Returns the arguments of datatrove's class for a domain."""
@@ -79,7 +81,8 @@ def _judge(tool: RuleFilter, documents: list[Document]) -> list[tuple[float, boo
         if not tool.applies(document.domain):
             rows.append((np.nan, True, ""))
             continue
-        rule = _rule(tool, profile(document.domain, tool.language))
+        domain = profile(document.domain, tool.language)
+        rule = _rule(tool, domain._replace(language=domain.language or tool.language))
         trove = TroveDocument(text=document.text, id=document.id)
         if not document.text.split():
             kept, reason = False, "empty"

@@ -23,7 +23,15 @@ def parse_injectors(texts: Sequence[str]) -> tuple[Any, ...]:
     """
     from moelab.data.quality import inject
 
-    return tuple(_parse(text, inject, "Injector", "data.inject") for text in texts)
+    made = tuple(_parse(text, inject, "Injector", "data.inject") for text in texts)
+    for place, one in enumerate(made):
+        copied = [before.kind for before in made[:place] if before.copies_clean]
+        if copied and one.in_place:
+            raise DataError(
+                f"data.inject: {one.kind} behind {copied[0]} would spoil what {copied[0]} has copied; "
+                f"put {copied[0]} last"
+            )
+    return made
 
 
 def parse_filters(texts: Sequence[str], where: str = "data.filter") -> tuple[Any, ...]:

@@ -94,7 +94,8 @@ def auc(
     Returns:
       Over all pairs of one domain; None where there is none. 0.5 is blind.
 
-    >>> auc(np.array([0.0, 2.0, 1.0, 3.0]), np.array([1, 0, 1, 0], bool), np.array([0, 1, 0, 1], bool), np.zeros(4, int))
+    >>> dirty = np.array([True, False, True, False])
+    >>> auc(np.array([0.0, 2.0, 1.0, 3.0]), dirty, ~dirty, np.zeros(4, int))
     1.0
     """
     judged_N = ~np.isnan(score_N)

@@ -27,6 +27,7 @@ class Injector(BaseInjector):
     copies: int = 16  # how often each of the repeated documents occurs
 
     counts = ("copies",)
+    copies_clean, in_place = True, False
 
     def fit(self, pool, training):
         """Chooses documents in the order of their draw: the set of (domain, id) to repeat."""

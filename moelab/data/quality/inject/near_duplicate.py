@@ -22,6 +22,7 @@ class Injector(BaseInjector):
     rate: float = 0.02  # of the words that a copy misses
 
     shares = ("share", "rate")
+    copies_clean, in_place = True, False
 
     def apply(self, one: Labelled, fitted) -> Iterator[Labelled]:
         """Yields the document, and its copy behind it."""

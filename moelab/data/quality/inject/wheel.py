@@ -42,6 +42,8 @@ class Injector(BaseInjector):
     source: str = "html_bible"  # html_bible, notes_bible, asv_bible or sympy_tests
     share: float = 0.25  # of the domain's resulting bytes
 
+    in_place = False
+
     def problems(self) -> Iterator[str]:
         """Yields what is wrong with `source` and `domains`."""
         if self.source not in DOMAIN:

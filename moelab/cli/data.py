@@ -1,0 +1,126 @@
+"""`moelab data ...`: text that is built, described, scored, filtered. No jax beyond what the config imports."""
+
+from __future__ import annotations
+
+import argparse
+
+from moelab import environment
+from moelab.cli import output, quality_tables
+from moelab.cli.running import load_config
+from moelab.errors import UserError
+from moelab.progress import data_progress
+
+
+def build(args: argparse.Namespace) -> int:
+    """Builds the dataset of a config, or finds it built, and prints its folder."""
+    dataset = _dataset(args)
+    if args.json:
+        output.print_json(
+            {"directory": dataset.directory, "sha256": dataset.sha256, "domains": dataset.domains}
+        )
+    else:
+        print(dataset.directory)
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """Prints sources, counts and a sample of each domain, and what was injected and filtered."""
+    from moelab import data
+
+    dataset = _dataset(args)
+    found = data.describe(dataset)
+    if args.json:
+        output.print_json(found)
+        return 0
+    print(f"{found['directory']}\nsha256 {found['sha256']}\n")
+    keys = ("split", "domain", "documents", "bytes", "tokens", "bytes_per_token")
+    output.print_table(keys, [[_cell(row[key]) for key in keys] for row in found["rows"]])
+    keys = list(dict.fromkeys(key for row in found["sources"] for key in row if key != "sha256"))
+    if len(keys) > 1:
+        print()
+        output.print_table(keys, [[row.get(key) for key in keys] for row in found["sources"]])
+    if "quality" in found:
+        quality_tables.print_labels(found["quality"])
+        quality_tables.print_outcomes(found["quality"]["outcomes"])
+    if dataset.tokenizer.kind != "external":
+        print()
+        texts = ((one.domain, " ".join(one.text[:200].split())) for one in data.sample(dataset))
+        output.print_table(("domain", "sample"), [(domain, text[:70]) for domain, text in texts])
+    return 0
+
+
+def score(args: argparse.Namespace) -> int:
+    """Prints what each filter, alone, makes of the training documents, and writes their scores."""
+    from moelab import data
+
+    endings = (".csv", ".jsonl", ".parquet")
+    if args.out and not args.out.endswith(endings):
+        raise UserError(f"--out: wants FILE{', '.join(endings)}, got {args.out!r}")
+    config = _with_tools(args)
+    table, outcomes = data.score(
+        config.data, config.tokenizer, progress=data_progress(not args.json)
+    )
+    if args.out:
+        data.write_scores(table, args.out)
+        output.note(f"{args.out}: {len(table):,} documents")
+    if args.json:
+        output.print_json({"documents": len(table), "outcomes": outcomes})
+    else:
+        quality_tables.print_outcomes(outcomes)
+    return 0
+
+
+def filter(args: argparse.Namespace) -> int:
+    """Builds the dataset with filters and prints what each of them removed."""
+    from moelab import data
+
+    if args.out and not args.out.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"--out: wants FILE.jsonl or FILE.jsonl.gz, got {args.out!r}")
+    config = _with_tools(args)
+    dataset = data.build(config.data, config.tokenizer, progress=data_progress(not args.json))
+    found = dataset.manifest["quality"]
+    if args.out:
+        count = data.write_text(dataset, args.out)
+        output.note(f"{args.out}: {count:,} training documents")
+    if args.json:
+        output.print_json({"directory": dataset.directory, "sha256": dataset.sha256} | found)
+        return 0
+    quality_tables.print_labels(found)
+    quality_tables.print_outcomes(found["outcomes"])
+    print(f"\n{dataset.directory}")
+    return 0
+
+
+def _with_tools(args: argparse.Namespace):
+    """The config with --tool in the place of data.filter."""
+    from moelab.data import quality
+
+    environment.prepare()
+    quality.parse_filters(args.tool, "--tool")  # so that an error names the option
+    config = load_config(args).config
+    if "filter" not in config.data:
+        raise UserError(f"data.kind={config.data.kind} is no text: there is nothing to judge")
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.filter = tuple(args.tool) or tuple(config.data.filter)
+    if not config.data.filter:
+        from moelab.data.quality import filters
+
+        raise UserError(
+            f"'{args.parser.prog}' wants --tool=KIND, or a config with data.filter; there are "
+            + ", ".join(filters.KINDS)
+        )
+    return config
+
+
+def _dataset(args: argparse.Namespace):
+    from moelab import data
+
+    environment.prepare()
+    config = load_config(args).config
+    progress = data_progress(not args.json)
+    return data.build(config.data, config.tokenizer, progress=progress)
+
+
+def _cell(value: object) -> object:
+    return f"{value:.3f}" if isinstance(value, float) else value

@@ -1,0 +1,285 @@
+"""Dirt and filters in a dataset's folder: clean evaluation, labels beside the tokens, the same bytes every time."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moelab import config, data, schema
+from moelab.cli import main
+from moelab.data import DataError, quality
+from moelab.data.quality import workers
+
+BYTE, BPE = schema.Byte(), schema.Bpe(vocab_size=300)
+DIRT = ("word_shuffle share=0.3", "duplicate share=0.3 copies=3")
+TOOLS = ("exact", "dsir keep=0.8 domains=prose")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two domains; every document has words of its own."""
+    root = tmp_path_factory.mktemp("quality")
+    for domain in ("prose", "code"):
+        (root / "texts" / domain).mkdir(parents=True)
+        for i in range(150):
+            words = " ".join(f"{domain}{(i * j * j) % 97}" for j in range(1, 30))
+            (root / "texts" / domain / f"{i}.txt").write_text(f"{domain} number {i}: {words}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def clean(root):
+    return schema.TextFolder(path=str(root / "texts"))
+
+
+@pytest.fixture(scope="module")
+def dirty(clean):
+    return dataclasses.replace(clean, inject=DIRT)
+
+
+@pytest.fixture(scope="module")
+def filtered(dirty):
+    return dataclasses.replace(dirty, filter=TOOLS)
+
+
+def part_files(dataset, split):
+    return {path.name: path.read_bytes() for path in (dataset.directory / split).iterdir()}
+
+
+def test_evaluation_splits_and_tokenizer_are_the_clean_ones(root, clean, dirty, filtered):
+    built = [data.build(one, BPE, cache=root) for one in (clean, dirty, filtered)]
+    assert len({one.sha256 for one in built}) == len({one.directory for one in built}) == 3
+    for one in built[1:]:
+        assert one.tokenizer.sha256 == built[0].tokenizer.sha256
+        for split in ("validation", "test"):
+            assert part_files(one, split) == part_files(built[0], split)
+    assert built[0].quality is None and "quality" not in built[0].manifest
+
+
+def test_labels_stand_beside_their_documents(root, dirty, filtered):
+    for section in (dirty, filtered):
+        dataset = data.build(section, BYTE, cache=root)
+        table, part = dataset.quality, dataset.split("train")
+        kept = np.flatnonzero(table.kept_N)
+        assert [table.ids[i] for i in kept] == list(part.ids)
+        np.testing.assert_array_equal(table.num_bytes_N[kept], part.num_bytes_N)
+        np.testing.assert_array_equal(table.domain_N[kept], part.domain_N)
+        assert table.domains == dataset.domains and table.kinds[0] == "clean"
+        texts = {
+            name: dataset.tokenizer.decode(part.document(n)) for n, name in enumerate(part.ids)
+        }
+        for i in kept:
+            label = table.kinds[table.kind_N[i]]
+            original = texts.get(table.sources[i])
+            if label == "duplicate" and original is not None:
+                assert texts[table.ids[i]] == original
+            elif label == "word_shuffle":
+                clean = (root / "texts" / table.ids[i]).read_text()
+                assert texts[table.ids[i]] != clean
+                assert sorted(texts[table.ids[i]].split()) == sorted(clean.split())
+            elif label == "clean":
+                assert texts[table.ids[i]] == (root / "texts" / table.ids[i]).read_text()
+
+
+def test_the_manifest_says_what_was_done(root, filtered):
+    dataset = data.build(filtered, BYTE, cache=root)
+    found = dataset.manifest["quality"]
+    assert tuple(found["inject"]) == DIRT
+    assert tuple(found["filter"]) == ("exact", "dsir domains=prose keep=0.8")
+    exact, dsir = found["outcomes"]
+    assert exact["precision"] == 1 and exact["kinds"]["duplicate"]["removed"] > 20
+    assert exact["kinds"]["duplicate"]["removed"] == exact["kinds"]["duplicate"]["documents"]
+    assert dsir["domains"]["code"]["kept"] == dsir["domains"]["code"]["documents"]
+    assert dsir["domains"]["prose"]["kept"] < dsir["domains"]["prose"]["documents"]
+    labels = found["labels"]["prose"]
+    assert labels["duplicate"]["documents"] > 0 and "duplicate" not in found["kept_labels"]["prose"]
+    train = dataset.manifest["splits"]["train"]
+    assert train["documents"] == dsir["documents"] - dsir["removed"] == dataset.quality.kept_N.sum()
+    assert train["bytes"] == dsir["bytes"] - dsir["removed_bytes"]
+    assert data.verify(dataset.directory) == []
+    assert data.describe(dataset)["quality"] == found
+
+
+def test_the_same_bytes_from_several_processes_and_from_one(root, filtered, monkeypatch):
+    monkeypatch.setattr(workers, "CHUNK", 2000)  # many chunks, and so two processes
+    monkeypatch.setenv("MOELAB_DATA_WORKERS", "2")
+    two = data.build(filtered, BYTE, cache=root / "two")
+    monkeypatch.setenv("MOELAB_DATA_WORKERS", "1")
+    one = data.build(filtered, BYTE, cache=root / "one")
+    assert one.sha256 == two.sha256
+    assert part_files(one, "train") == part_files(two, "train")
+
+
+def test_an_interrupted_build_leaves_nothing_and_goes_on(root, filtered, tmp_path, monkeypatch):
+    from moelab.data.quality.filters import dsir
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dsir.Filter, "scores", killed)
+        with pytest.raises(KeyboardInterrupt):
+            data.build(filtered, BYTE, cache=tmp_path)
+    assert not [path for path in (tmp_path / "data").iterdir() if path.is_dir()]
+    again = data.build(filtered, BYTE, cache=tmp_path)
+    assert again.sha256 == data.build(filtered, BYTE, cache=root).sha256
+
+
+def test_every_word_of_a_text_counts_in_the_name(root, clean):
+    texts = [(), ("duplicate",), ("duplicate share=0.2",), ("duplicate seed=1",)]
+    tools = [("exact",), ("exact normalise=false",), ("exact domains=prose",)]
+    sections = [dataclasses.replace(clean, inject=one) for one in texts]
+    sections += [dataclasses.replace(clean, filter=one) for one in tools]
+    names = [data.build(one, BYTE, cache=root).directory.name for one in sections]
+    assert len(set(names)) == len(names)
+    spelt = dataclasses.replace(clean, inject=("duplicate   share=0.10",))
+    assert data.build(spelt, BYTE, cache=root).directory.name == names[1]
+
+
+def test_scores_of_all_documents_without_removing_any(root, filtered):
+    table, outcomes = data.score(filtered, BYTE, cache=root)
+    assert [one["documents"] for one in outcomes] == [len(table)] * 2
+    dataset = data.build(filtered, BYTE, cache=root)
+    assert len(table) == len(dataset.quality)
+    reached = dict(zip(dataset.quality.ids, dataset.quality.score_FN[0].tolist(), strict=True))
+    assert reached == dict(zip(table.ids, table.score_FN[0].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_scores_are_written(root, filtered, tmp_path, ending):
+    table, _ = data.score(filtered, BYTE, cache=root)
+    path = tmp_path / f"scores{ending}"
+    data.write_scores(table, path)
+    if ending == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    elif ending == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        import csv
+
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    assert len(rows) == len(table)
+    assert list(rows[0]) == ["domain", "id", "label", "strength", "source", "bytes", *table.filters]
+    assert {row["label"] for row in rows} == {"clean", "duplicate", "word_shuffle"}
+    code = [row[table.filters[1]] for row in rows if row["domain"] == "code"]
+    assert set(code) == {"" if ending == ".csv" else None}  # dsir was for prose
+
+
+def test_old_configs_keep_their_hash():
+    """Of 2026-11-29, before the fields were there."""
+    assert config.sha256(config.load("experiments/demo.py").config) == HASH_OF_DEMO
+    c = config.load("experiments/demo.py", ["data.inject=duplicate"]).config
+    assert config.sha256(c) != HASH_OF_DEMO
+
+
+HASH_OF_DEMO = "f90564b788121650f612889f9a2168a3225e92054723d4ea70843febb3b73369"
+
+
+def test_a_bad_text_is_found_with_the_config():
+    c = config.load("experiments/demo.py", ["data.filter=minhsh", "data.inject=duplicate share=2"])
+    assert [str(problem) for problem in config.validate(c.config)] == [
+        "data.inject duplicate: share must be between 0 and 1, got 2",
+        "data.filter no filter 'minhsh'; did you mean minhash?",
+    ]
+
+
+def test_token_files_have_no_text_to_spoil():
+    with pytest.raises(
+        config.ConfigError, match="data.inject: no such field; it belongs to --config.data.kind="
+    ):
+        config.load("experiments/demo.py", ["data.kind=tokens", "data.inject=duplicate"])
+
+
+def test_nothing_left_names_filter_and_domain(root, clean):
+    section = dataclasses.replace(clean, filter=("gopher_quality domains=code",))
+    with pytest.raises(
+        DataError, match="'gopher_quality domains=code' leaves no training document of code .of"
+    ):
+        data.build(section, BYTE, cache=root)
+    with pytest.raises(
+        DataError, match="'dsir keep=0.0' leaves no training document of code .of 1..., prose"
+    ):
+        data.build(dataclasses.replace(clean, filter=("dsir keep=0",)), BYTE, cache=root)
+
+
+def test_a_domain_that_is_not_there_is_named(root, clean):
+    section = dataclasses.replace(clean, filter=("exact domains=proze",))
+    with pytest.raises(
+        DataError, match=r"data.filter: exact: no domain 'proze'; did you mean prose\?"
+    ):
+        data.build(section, BYTE, cache=root)
+    section = dataclasses.replace(clean, inject=("duplicate domains=wiki",))
+    with pytest.raises(DataError, match="no domain 'wiki'; the training split has code, prose"):
+        data.build(section, BYTE, cache=root)
+
+
+def test_commands(root, clean, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOELAB_CACHE", str(root))
+    where = [
+        "--config=demo:smoke",
+        "--config.data.kind=text",
+        f"--config.data.path={clean.path}",
+        "--config.tokenizer.kind=byte",
+        f"--config.data.inject={','.join(DIRT)}",
+    ]
+    out = tmp_path / "kept.jsonl.gz"
+    assert main(["data", "filter", *where, "--tool=exact", "--json", f"--out={out}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["filter"] == ["exact"] and found["outcomes"][0]["precision"] == 1
+    kept = data.build(
+        schema.JsonLines(path=str(out), domain_column="domain", id_column="id"), BYTE, cache=root
+    )
+    assert sum(len(kept.split(name)) for name in data.SPLITS) == len(
+        data.load(found["directory"]).split("train")
+    )
+    assert (
+        main(
+            [
+                "data",
+                "score",
+                *where,
+                "--tool=exact",
+                "--tool=substring",
+                f"--out={tmp_path / 's.csv'}",
+            ]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "precision" in printed and "removed of label" in printed and "substring" in printed
+    assert main(["data", "show", *where, "--config.data.filter=exact"]) == 0
+    assert "documents kept" in capsys.readouterr().out
+    for words, message in (
+        (["data", "score", *where], "wants --tool=KIND, or a config with data.filter"),
+        (
+            ["data", "score", *where, "--tool=exatc"],
+            "--tool: no filter 'exatc'; did you mean exact?",
+        ),
+        (["data", "score", *where, "--tool=exact", "--out=a.txt"], "--out: wants FILE.csv"),
+        (["data", "filter", *where, "--tool=exact", "--out=a.csv"], "--out: wants FILE.jsonl"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_importing_quality_imports_no_tool():
+    """The rules, the classifier and the signatures are imported by what uses them."""
+    code = (
+        "import sys; from moelab import data; from moelab.data import quality; "
+        "quality.parse_filters(('classifier', 'minhash', 'gopher_quality')); "
+        "print([m for m in ('sklearn', 'datatrove', 'rensa', 'joblib', 'jax') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_identity_names_the_versions_of_tools(clean):
+    found = quality.identity(dataclasses.replace(clean, filter=("minhash", "exact")))["quality"]
+    assert list(found["packages"]) == ["rensa"] and found["packages"]["rensa"]
+    assert quality.identity(clean) == {}

@@ -1,0 +1,407 @@
+"""moelab/data/quality/filters: each rule worked by hand, and what each tool sees and does not see."""
+
+import numpy as np
+import pytest
+
+from moelab.data import DataError, tokenizer
+from moelab.data.document import Document
+from moelab.data.quality import (
+    chain,
+    filters,
+    parse_filters,
+    parse_injectors,
+    ranking,
+    shingles,
+    spec,
+    truth,
+)
+from moelab.data.quality.contract import CLEAN
+from moelab.data.quality.filters import dsir, minhash, substring
+from moelab.data.quality.pool import Pool
+from moelab.data.split import split_of
+from tests.quality_inject_test import Source
+
+LEARNING = ["classifier", "dsir", "perplexity_ngram"]
+SENTENCE = (
+    "The boats of the harbour were tied to the wall and nobody had come to see them that day. "
+)
+
+
+def train_id(name):
+    """An id that falls into the training split of domain d."""
+    return next(f"{name}{i}" for i in range(100) if split_of("d", f"{name}{i}") == "train")
+
+
+def judge(text, texts, domain="d"):
+    """Verdicts of a filter on texts, all of them training documents."""
+    given = [Document(domain, train_id(f"{number}-"), one) for number, one in enumerate(texts)]
+    pool = Pool(Source(given), (), tokenizer.Bytes())
+    (tool,) = parse_filters((text,))
+    return tool.judge(pool)
+
+
+def reasons(text, texts):
+    return judge(text, texts).reason_N.tolist()
+
+
+def test_gopher_quality_by_hand():
+    good = SENTENCE * 4  # 19 words each: 76, mean length 71 / 19 = 3.7
+    assert reasons(
+        "gopher_quality",
+        [
+            good,
+            SENTENCE,  # 19 words, wanted 50
+            "Harbour boats lay tied against walls. " * 10,  # no stop word
+            "\n".join(f"- {SENTENCE}" for _ in range(5)),  # every line a bullet
+            "\n".join(["The boats of the harbour were tied to ..."] * 9),  # ends in an ellipsis
+            "the of " + "12 34 56 " * 20,  # 2 of 62 words have letters
+            "a to be of " * 15,  # mean length 1.75
+            "the of and to internationalisation characterisation " + "misunderstanding " * 60,
+        ],
+    ) == [
+        "",
+        "gopher_short_doc",
+        "gopher_enough_stop_words",
+        "gopher_too_many_bullets",
+        "gopher_too_many_end_ellipsis",
+        "gopher_below_avg_threshold",
+        "gopher_below_avg_threshold",
+        "gopher_above_avg_threshold",
+    ]
+
+
+def test_gopher_thresholds_are_the_domains():
+    """17 French words: too short for an unknown domain, and in English without a stop word."""
+    text = (
+        "Le port de la ville est fermé et les bateaux sont au quai depuis le matin de dimanche. "
+        * 2
+    )
+    assert reasons("gopher_quality", [text]) == ["gopher_short_doc"]
+    given = [
+        Document(
+            "wiki_fr",
+            next(f"{i}" for i in range(99) if split_of("wiki_fr", f"{i}") == "train"),
+            text,
+        )
+    ]
+    (tool,) = parse_filters(("gopher_quality",))
+    assert tool.judge(Pool(Source(given), (), None)).kept_N.tolist() == [True]
+    assert reasons("gopher_quality min_words=20", [text]) == ["gopher_enough_stop_words"]
+    assert reasons("gopher_quality min_words=20 language=fr", [text]) == [""]
+
+
+def test_rules_leave_code_alone_and_give_it_no_score():
+    (tool,) = parse_filters(("gopher_quality",))
+    name = next(f"{i}" for i in range(99) if split_of("code", f"{i}") == "train")
+    found = tool.judge(Pool(Source([Document("code", name, "x = 1")]), (), None))
+    assert found.kept_N.tolist() == [True] and np.isnan(found.score_N).all()
+
+
+def test_gopher_repetition_by_hand():
+    words = " ".join(f"word{i} and" for i in range(60))
+    assert reasons(
+        "gopher_repetition",
+        [
+            words,
+            "\n".join(["one line", "one line", "another", "a third one"] * 3),  # 8 of 12 lines
+            "boats lie here " * 2
+            + " ".join(f"w{i}" for i in range(9)),  # "boats lie" 2 * 9 of 57 chars
+        ],
+    ) == ["", "dup_line_frac", "top_2_gram"]
+    assert reasons(
+        "gopher_repetition scale=4", ["boats lie here " * 2 + "w1 w2 w3 w4 w5 w6 w7 w8"]
+    ) == [""]
+
+
+def test_c4_by_hand():
+    found = judge(
+        "c4",
+        [
+            SENTENCE * 5,
+            SENTENCE * 4,  # four sentences, wanted five
+            SENTENCE * 5 + "\nfunction() { return; }.",  # a curly bracket
+            SENTENCE * 5 + "\nHome | About\nRead more",  # lines without a full stop
+            SENTENCE * 5 + "\nLorem ipsum dolor sit amet.",
+        ],
+    )
+    assert found.reason_N.tolist() == ["", "too_few_sentences", "curly_bracket", "", "lorem_ipsum"]
+    kept = len(SENTENCE * 5) - 1  # a line is stripped
+    assert found.score_N[0] == pytest.approx(kept / len(SENTENCE * 5))
+    assert found.score_N[3] == pytest.approx(kept / len(SENTENCE * 5 + "\nHome | About\nRead more"))
+    assert reasons("c4 min_sentences=4", [SENTENCE * 4]) == [""]
+
+
+def test_fineweb_by_hand_with_the_papers_share_of_repeated_characters():
+    line = SENTENCE.strip()
+    lines = [f"{line[:-1]} {i}." for i in range(40)]
+    some = "\n".join([*lines, lines[0], lines[1]])  # 2 of 42 lines: 5 % of the characters
+    assert reasons(
+        "fineweb",
+        [
+            "\n".join(lines),
+            "\n".join(one[:-1] for one in lines),  # no line ends like a sentence
+            "\n".join(["Short.", "Lines.", line, "Are.", "Here.", "Now.", "Too."]),
+            "\n".join([line] * 5),
+            some,
+        ],
+    ) == ["", "line_punct_ratio", "short_line_ratio", "char_dup_ratio", ""]
+    assert reasons("fineweb duplicate_ratio=0.01", [some]) == [
+        "char_dup_ratio"
+    ]  # datatrove's default
+
+
+def test_runs_of_words_are_what_their_formula_says():
+    words = [f"w{i}" for i in range(300)]
+    found = shingles.hashes(" ".join(words), 50)
+    assert len(np.unique(found)) == len(found) == 251
+
+    def direct(run):
+        value = (
+            sum(shingles._word_hash(w) * pow(shingles.BASE, j, 2**64) for j, w in enumerate(run))
+            % 2**64
+        )
+        value ^= value >> 32
+        return (value * 0xD6E8FEB86659FD93 % 2**64) ^ (value >> 29)
+
+    assert [direct(words[i : i + 50]) for i in range(251)] == found.tolist()
+    assert shingles.hashes("A b, C", 9).tolist() == shingles.hashes("a B c", 3).tolist()
+    assert len(shingles.hashes(" ... ", 5)) == 0
+
+
+def test_exact_keeps_the_first_of_each():
+    texts = ["One two.", "three", "one  TWO.\n", "three", "One two!"]
+    assert judge("exact", texts).kept_N.tolist() == [True, True, False, False, True]
+    assert judge("exact normalise=false", texts).kept_N.tolist() == [True, True, True, False, True]
+
+
+def test_substring_counts_the_words_that_were_there_before():
+    a, b = ([f"{letter}{i}" for i in range(30)] for letter in "ab")
+    # The third has 10 words of the first (runs of 5: 6 of them, which cover 10 words) and 30 of its own.
+    texts = [
+        " ".join(a),
+        " ".join(b),
+        " ".join([*a[5:15], *(f"c{i}" for i in range(30))]),
+        " ".join(a[:20]),
+    ]
+    found = judge("substring length=5", texts)
+    np.testing.assert_allclose(found.score_N, [1, 1, 0.75, 0], rtol=1e-6)
+    assert found.kept_N.tolist() == [True, True, True, False]
+    assert judge("substring length=5 max_share=0.2", texts).kept_N.tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    # Within a document too: "x y z" three times is 9 words, of which the first three are new.
+    found = judge("substring length=3 max_share=0.6", ["x y z x y z x y z"])
+    np.testing.assert_allclose(found.score_N, [3 / 9], rtol=1e-6)
+    assert substring._covered(np.array([False, True, False]), 2) == 0.5  # words 1 and 2 of 4
+
+
+def test_minhash_estimates_jaccard_and_keeps_who_came_first():
+    words = [f"w{i}" for i in range(400)]
+    # Of 396 runs of five words, changing word 100 changes five: 391 / (396 + 5) = 0.975.
+    close = [*words[:100], "other", *words[101:]]
+    found = judge(
+        "minhash", [" ".join(words), " ".join(close), " ".join(words[:200]), " ".join(words)]
+    )
+    assert found.kept_N.tolist() == [True, False, True, False]
+    assert found.score_N[1] == pytest.approx(1 - 391 / 401, abs=0.05)
+    assert found.score_N[3] == 0
+    # Jaccard 196 / 396 = 0.49: below 0.7, above 0.3. Two bands of one row see almost any pair.
+    half = judge("minhash threshold=0.3 bands=56 rows=2", [" ".join(words), " ".join(words[:200])])
+    assert half.kept_N.tolist() == [True, False]
+    assert half.score_N[1] == pytest.approx(1 - 196 / 396, abs=0.15)
+    assert np.isnan(judge("minhash", ["..."]).score_N[0])  # no words, nothing to compare
+
+
+def test_minhash_candidates_share_a_band():
+    index, signatures = {}, []
+    first = np.arange(8, dtype=np.uint32)
+    minhash._remember(first, index, signatures, 4)
+    half = first.copy()
+    half[[1, 3, 5]] += 100  # bands 0, 1, 2 differ; band 3 agrees
+    assert minhash._likest(half, index, signatures, 4) == 5 / 8
+    none = first.copy()
+    none[[1, 3, 5, 7]] += 100  # no band agrees, though half of the places do
+    assert minhash._likest(none, index, signatures, 4) == 0
+
+
+def test_ranking_keeps_the_best_bytes_of_each_domain():
+    score = np.array([1, 2, 3, np.nan, 5, 4], np.float32)
+    size = np.array([10, 10, 20, 99, 10, 10])
+    domain = np.array(["a", "a", "a", "a", "b", "b"], object)
+    best = lambda keep: ranking.best(score, size, domain, keep).tolist()  # noqa: E731
+    assert best(0.5) == [False, False, True, True, True, False]  # 20 of 40 bytes; 10 of 20
+    assert best(0.51) == [False, True, True, True, True, True]
+    assert best(1.0) == [True] * 6
+    assert best(0.0) == [False, False, False, True, False, False]
+
+
+def test_samples_are_bounded_and_do_not_depend_on_the_order():
+    given = [Document("d", str(i), f"{i:03} " * 5) for i in range(300)]
+    first = ranking.sample(given, 400, 0, folds=True)
+    assert first == ranking.sample(given[::-1], 400, 0, folds=True)
+    assert set(first) == {("d", 0), ("d", 1)}
+    assert all(400 <= sum(map(len, texts)) < 420 for texts in first.values())
+    assert first != ranking.sample(given, 400, 1, folds=True)
+
+
+def _language(seed, count):
+    """Sentences of a toy language in which order matters: each word has few followers."""
+    generator = np.random.default_rng(seed)
+    follow = np.random.default_rng(9).integers(0, 80, (80, 2))
+    texts = []
+    for _ in range(count):
+        word, words = int(generator.integers(80)), []
+        for _ in range(120):
+            words.append(f"{word:02}")
+            word = int(follow[word, generator.integers(2)])
+        texts.append(" ".join(words))
+    return texts
+
+
+def _judged(kind, dirt, count=400):
+    given = [Document("d", str(i), text) for i, text in enumerate(_language(0, count))]
+    pool = Pool(Source(given), parse_injectors((dirt,)), tokenizer.Bytes())
+    table, (outcome,) = chain.score(pool, parse_filters((kind,)))
+    return table, outcome
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_what_learns_finds_what_clean_text_has_not(kind):
+    dirt = "random_strings" if kind == "perplexity_ngram" else "boilerplate"
+    _, outcome = _judged(f"{kind} keep=0.7", f"{dirt} share=0.2")
+    assert outcome["auc"] > 0.9 and outcome["recall"] > 0.85
+    assert 0.69 < outcome["domains"]["d"]["kept_bytes"] / outcome["domains"]["d"]["bytes"] < 0.73
+
+
+def test_importance_weights_by_hand():
+    """What neither side has seen weighs nothing, however much less clean text there is."""
+    (tool,) = parse_filters(("dsir buckets=1000 max_ngram=1",))
+    clean = dsir._log_share(tool, ["a b"])
+    pool = dsir._log_share(tool, ["a c c c " * 50])
+    weight = clean - pool
+    a, b, c, other = (dsir.buckets(tool, word)[0] for word in ("a", "b", "c", "zz"))
+    # p(a) = .9 / 2 + .0001 against .9 / 4 + .0001; c only in the pool: .0001 against .9 * 3 / 4 + .0001.
+    assert weight[a] == pytest.approx(np.log(0.4501 / 0.2251))
+    assert weight[c] == pytest.approx(np.log(0.0001 / 0.6751)) and weight[b] > 0
+    assert weight[other] == pytest.approx(0)
+
+
+def test_a_bag_of_words_is_blind_for_order_and_perplexity_is_not():
+    shuffled = "word_shuffle share=0.3"
+    for kind in ("classifier max_ngram=1", "dsir max_ngram=1"):
+        assert abs(_judged(kind, shuffled)[1]["auc"] - 0.5) < 0.12, kind
+    # A bigram of bytes cannot see past a blank; pieces of two words can.
+    assert _judged("dsir max_ngram=2", shuffled)[1]["auc"] > 0.95
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_what_learns_wants_clean_text_of_the_domain(kind):
+    with pytest.raises(
+        DataError, match=f"{kind} learns from the validation split, which has no document of d"
+    ):
+        judge(kind, [SENTENCE] * 3)
+
+
+def test_perplexity_is_bits_per_byte_of_the_other_half():
+    table, _ = _judged("perplexity_ngram learn_from=pool", "random_strings share=0.1 rate=1")
+    clean = -table.score_FN[0][table.kind_N == 0]
+    # A word of three bytes has one bit, its follower; a bigram of bytes does not know the word before, only its
+    # last byte: at most the log2(10) bits of a digit for each of two bytes, and a blank that is certain.
+    assert 1 / 3 < np.median(clean) < 2 * np.log2(10) / 3 + 0.3
+    # The pool has few letters: each costs more than the log2(26) = 4.7 bits of a fair draw.
+    assert np.median(-table.score_FN[0][table.kind_N == 1]) > 4
+
+
+def test_no_filter_sees_the_label():
+    """Judging is a function of texts, domains and ids: the same text under another label gets the same score."""
+    given = [Document("d", str(i), text) for i, text in enumerate(_language(0, 120))]
+    spoilt = list(
+        Pool(Source(given), parse_injectors(("random_strings share=0.3",)), None).training()
+    )
+    rest = [one for one in given if split_of("d", one.id) != "train"]
+    relabelled = Source([one.document for one in spoilt] + rest)
+    for kind in filters.KINDS:
+        if kind == "perplexity":
+            continue  # wants a run; see quality_perplexity_test.py
+        (tool,) = parse_filters((kind,))
+        labelled = Pool(
+            Source(given), parse_injectors(("random_strings share=0.3",)), tokenizer.Bytes()
+        )
+        plain = Pool(relabelled, (), tokenizer.Bytes())
+        a, b = tool.judge(labelled), tool.judge(plain)
+        np.testing.assert_array_equal(a.score_N, b.score_N)
+        np.testing.assert_array_equal(a.kept_N, b.kept_N)
+
+
+def test_truth_by_hand():
+    texts = ["same text"] * 3 + ["own text"]
+    given = [Document("d", train_id(f"{i}-"), text) for i, text in enumerate(texts)]
+    table, _ = chain.score(Pool(Source(given), (), None), parse_filters(("exact",)))
+    import dataclasses
+
+    # Removed are documents 1 and 2; suppose that 2 and 3 are dirty.
+    table = dataclasses.replace(table, kinds=(CLEAN, "noise"), kind_N=np.array([0, 0, 1, 1]))
+    found = truth.outcome(table, 0)
+    assert found["removed"] == 2 and found["precision"] == 0.5 and found["recall"] == 0.5
+    assert found["clean_removed"] == 0.5
+    # Pairs dirty-clean: scores (0, 1) against (1, 0): 0<1, 0=0, 1=1, 1>0 -> (1 + .5 + .5 + 0) / 4.
+    assert found["auc"] == 0.5
+    assert found["kinds"]["noise"] == {"documents": 2, "removed": 1, "auc": 0.5}
+    assert found["domains"]["d"] == {"documents": 4, "kept": 2, "bytes": 35, "kept_bytes": 17}
+    assert found["reasons"] == {"duplicate": 2}
+
+
+def test_filters_follow_one_another_and_score_alone_does_not():
+    texts = [SENTENCE * 4, SENTENCE * 4, "short", "short"]
+    given = [Document("d", train_id(f"{i}-"), text) for i, text in enumerate(texts)]
+    tools = parse_filters(("exact", "gopher_quality"))
+    table, outcomes = chain.run(Pool(Source(given), (), None), tools)
+    assert table.removed_by_N.tolist() == [-1, 0, 1, 0]
+    assert [table.reasons[r] for r in table.reason_N] == [
+        "",
+        "duplicate",
+        "gopher_short_doc",
+        "duplicate",
+    ]
+    assert [one["documents"] for one in outcomes] == [4, 2]
+    np.testing.assert_array_equal(np.isnan(table.score_FN[1]), [False, True, False, True])
+    table, outcomes = chain.score(Pool(Source(given), (), None), tools)
+    assert [one["removed"] for one in outcomes] == [2, 2] and not np.isnan(table.score_FN).any()
+
+
+def test_an_empty_result_is_refused_by_name():
+    given = [Document(d, str(i), f"text {i}") for d in ("one", "two") for i in range(30)]
+    with pytest.raises(
+        DataError,
+        match=r"'gopher_quality domains=two' leaves no training document of two \(of \d+\)",
+    ):
+        chain.run(
+            Pool(Source(given), (), None), parse_filters(("exact", "gopher_quality domains=two"))
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("minhsh", r"data.filter: no filter 'minhsh'; did you mean minhash\?"),
+        ("minhash threshold=1.1", "minhash: threshold must be between 0 and 1, got 1.1"),
+        ("minhash bands=0", "minhash: bands must be at least 1, got 0"),
+        ("minhash bands=2.5", "minhash: bands wants int, got '2.5'"),
+        ("classifier keep=-1", "classifier: keep must be between 0 and 1, got -1"),
+        ("classifier keeep=1", "no field 'keeep'; did you mean keep"),
+        ("gopher_quality language=xx", "language must be one of en, fr, es, de, got 'xx'"),
+        ("gopher_repetition scale=0", "scale must be above 0, got 0"),
+        ("perplexity_ngram learn_from=test", "learn_from must be pool or validation, got 'test'"),
+    ],
+)
+def test_bad_words_are_refused_with_what_was_meant(text, message):
+    with pytest.raises(DataError, match=message):
+        parse_filters((text,))
+
+
+def test_a_filter_is_written_as_it_is_read():
+    text = "minhash domains=code+verse threshold=0.8"
+    assert spec.written(parse_filters((text,))[0]) == text
