@@ -284,7 +284,7 @@ def test_other_documents_of_the_same_number_are_refused(run_path, tmp_path):
         ([], "r.md", "at least one run"),
         (["nowhere"], "r.md", "no such run: nowhere"),
         (["."], "r.md", "result.json: missing .did the run finish"),
-        (["."], "r.pdf", "ends in .html, .md or .csv; got"),
+        (["."], "r.pdf", "ends in .html, .md, .csv, .tex; got"),
     ],
 )
 def test_user_errors_are_one_line(tmp_path, monkeypatch, runs, out, message):

@@ -35,6 +35,8 @@ def make(
     config: dict | None = None,
     config_sha256: str = "ab" * 32,
     documents_per_domain: int = 12,
+    shift: float = 0.0,
+    name: str = "demo",
 ) -> Path:
     """Writes config.json, metrics.jsonl, evaluation/documents.parquet and result.json."""
     rng = np.random.default_rng(seed)
@@ -48,12 +50,12 @@ def make(
         for record in records:
             writer.write(record)
     # The documents are the same whatever the seed: runs that are compared share the evaluation set.
-    columns = _documents(np.random.default_rng(7), documents_per_domain, 0.05 * seed)
+    columns = _documents(np.random.default_rng(7), documents_per_domain, 0.05 * seed + shift)
     documents.write(directory / documents.NAME, columns)
     last = next(r for r in reversed(records) if r["kind"] == "train")
     card = cards.build(
         directory,
-        name="demo",
+        name=name,
         command=f"moelab run --config=experiments/demo.py --config.seed={seed}",
         config=config,
         config_sha256=config_sha256,

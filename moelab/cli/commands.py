@@ -92,10 +92,22 @@ def _running(commands) -> None:
 
 def _results(commands) -> None:
     report = words.add(commands, "report", "results:report", "report or compare finished runs")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories or result cards")
     report.add_argument(
-        "--out", metavar="FILE", default="", help="FILE.html, .md or .csv; without it, a table"
+        "runs", nargs="+", metavar="RUN", help="run directories, sweep directories, result cards"
     )
+    report.add_argument(
+        "--out", metavar="FILE", default="", help="FILE.html, .md, .csv, .tex; without it, a table"
+    )
+    for name, default, text in (
+        ("reference", "", "arm that the others are compared with (the first)"),
+        ("precision", "float32", "in which arms are compared (float32)"),
+    ):
+        report.add_argument(f"--{name}", default=default, metavar="NAME", help=text)
+    for name, text in (
+        ("different_tokens", "compare runs that trained on different numbers of tokens"),
+        ("bibtex", "BibTeX of the methods; with --out into FILE.bib too"),
+    ):
+        report.add_argument(f"--{name}", action="store_true", help=text)
     verify = words.add(commands, "verify", "results:verify", "check a run's card against its files")
     verify.add_argument("run", metavar="RUN", help="run directory")
 

@@ -15,21 +15,53 @@ def report(args: argparse.Namespace) -> int:
     environment.prepare()
     from moelab import report as reports
 
+    options = {"reference": args.reference, "precision": args.precision}
+    options["different_tokens"] = args.different_tokens
     if args.out:
-        path = reports.write(args.runs, args.out)
+        written = {"report": reports.write(args.runs, args.out, **options)}
+        if args.bibtex:
+            written["bibtex"] = written["report"].with_suffix(".bib")
+            written["bibtex"].write_text(reports.bibtex(args.runs), encoding="utf-8")
         if args.json:
-            output.print_json({"report": path})
+            output.print_json(written)
         else:
-            print(path)
+            print(*written.values(), sep="\n")
         return 0
-    cards = [reports.load(run).card for run in args.runs]
+    if args.bibtex:
+        print(reports.bibtex(args.runs), end="")
+        return 0
+    runs, notes = reports.load_all(args.runs)
+    compared = reports.compared_arms(runs, **options)
     if args.json:
-        output.print_json(cards)
+        _print_json(runs, compared)
         return 0
-    for run in args.runs:
+    for note in notes:
+        output.note(note)
+    if compared is not None:
+        _print_arms(compared)
+        return 0
+    for run in runs:
         reports.print_result(run)
         reports.print_coefficients(run)
     return 0
+
+
+def _print_json(runs, compared) -> None:
+    if compared is None:
+        output.print_json([run.card for run in runs])
+        return
+    from moelab.report import arms
+
+    output.print_json(arms.rows(compared))
+
+
+def _print_arms(compared) -> None:
+    from moelab.report import arms_tables, tables
+
+    tables.print_table(arms_tables.main_table(compared))
+    tables.print_table(arms_tables.points_table(compared))
+    for note in (*arms_tables.notes(compared), arms_tables.limits(compared)):
+        output.note(note)
 
 
 def verify(args: argparse.Namespace) -> int:

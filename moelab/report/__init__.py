@@ -1,7 +1,8 @@
 """Reports of finished runs: result cards, tables, plots, pages, and their re-check.
 
 render_run(run_directory)              RESULT.md and report.html beside the run
-write([run, other], Path("out.html"))  a report, or a comparison, as .html, .md or .csv
+write([run, other], Path("out.html"))  a report, or a comparison, as .html, .md, .csv or .tex
+bibtex([run, other])                   the papers of the methods that were used
 print_result(run_directory)            the result table on the terminal
 print_coefficients(run_directory)      the balancing coefficient in other systems' conventions
 verify.verify(run_directory)           the problems of a run's card, none when it holds
@@ -16,27 +17,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from moelab.report.runs import ReportError, Run, load
+from moelab.report.runs import ReportError, Run, load, load_all
 
 __all__ = [
     "ReportError",
     "Run",
+    "bibtex",
     "load",
+    "load_all",
     "print_coefficients",
     "print_result",
     "render_run",
     "write",
 ]
 
+SUFFIXES = (".html", ".md", ".csv", ".tex")
+
 _log = logging.getLogger("moelab")
 
 
-def write(runs: Sequence[Path | str], out: Path | str) -> Path:
+def write(
+    runs: Sequence[Path | str],
+    out: Path | str,
+    *,
+    reference: str = "",
+    precision: str = "float32",
+    different_tokens: bool = False,
+) -> Path:
     """Writes a report of one run, or a comparison of several, without rerunning anything.
 
+    Runs that differ in their seed alone are an arm. Two arms of which one has several seeds, and any sweep directory,
+    are compared as arms over paired seeds; other runs one by one.
+
     Args:
-      runs: run directories, or result cards that stand alone.
-      out: ends in .html, .md or .csv.
+      runs: run directories, sweep directories, or result cards that stand alone.
+      out: ends in .html, .md, .csv or .tex.
+      reference: the arm that the others are compared with; empty: the first.
+      precision: of the evaluation that arms are compared in.
+      different_tokens: compare runs of different numbers of training tokens.
 
     Returns:
       The path written.
@@ -45,17 +63,49 @@ def write(runs: Sequence[Path | str], out: Path | str) -> Path:
       ReportError: no runs, an unreadable run, runs that do not compare, or another suffix.
     """
     out = Path(out)
-    if out.suffix not in (".html", ".md", ".csv"):
-        raise ReportError(f"a report ends in .html, .md or .csv; got {str(out)!r}")
-    if not runs:
-        raise ReportError("a report wants at least one run")
-    loaded = [load(run) for run in runs]
-    text = _render_one(loaded[0], out.suffix) if len(loaded) == 1 else _render(loaded, out.suffix)
+    if out.suffix not in SUFFIXES:
+        raise ReportError(f"a report ends in {', '.join(SUFFIXES)}; got {str(out)!r}")
+    loaded, notes = load_all(runs)
+    compared = compared_arms(loaded, reference, precision, different_tokens)
+    if compared is not None:
+        from moelab.report import arms_page
+
+        _warn_without_plots(out.suffix)
+        text = arms_page.render(compared, out.suffix, notes, out.stem)
+    elif len(loaded) == 1:
+        text = _render_one(loaded[0], out.suffix)
+    else:
+        text = _render(loaded, out.suffix, different_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, out)
     return out
+
+
+def compared_arms(
+    runs: Sequence[Run],
+    reference: str = "",
+    precision: str = "float32",
+    different_tokens: bool = False,
+):
+    """Compares runs as arms over paired seeds; None where they are to be reported one by one."""
+    from moelab.report import arms
+
+    if not (arms.several(runs) or (len(runs) > 1 and any(run.label for run in runs))):
+        if reference:
+            raise ReportError("--reference is for several arms of which one has several seeds")
+        return None
+    grouped = arms.group(runs)
+    return arms.compare(grouped, reference, precision, different_tokens=different_tokens)
+
+
+def bibtex(runs: Sequence[Path | str]) -> str:
+    """Writes BibTeX of the methods that runs used (citations.py)."""
+    from moelab.report import citations
+
+    loaded, _ = load_all(runs)
+    return citations.bibtex(run.card["config"] for run in loaded)
 
 
 def render_run(run_directory: Path | str) -> tuple[Path, Path]:
@@ -68,12 +118,12 @@ def render_run(run_directory: Path | str) -> tuple[Path, Path]:
 
 
 def print_result(
-    run_directory: Path | str, file: IO[str] | None = None, width: int | None = None
+    run_directory: Path | str | Run, file: IO[str] | None = None, width: int | None = None
 ) -> None:
     """Prints the result table and the comparison with the baselines to a terminal or a file."""
     from moelab.report import facts, tables
 
-    run = load(run_directory)
+    run = run_directory if isinstance(run_directory, Run) else load(run_directory)
     for warning in facts.warnings(run):
         print(f"Note: {warning}", file=file)
     for table in (tables.result_table(run), tables.baseline_table(run)):
@@ -81,11 +131,12 @@ def print_result(
             tables.print_table(table, file=file, width=width)
 
 
-def print_coefficients(run_directory: Path | str, file: IO[str] | None = None) -> None:
+def print_coefficients(run_directory: Path | str | Run, file: IO[str] | None = None) -> None:
     """Prints what the run's balancing coefficient is called elsewhere; nothing where that loss is off."""
     from moelab.report import tables
 
-    table = tables.coefficient_table(load(run_directory))
+    run = run_directory if isinstance(run_directory, Run) else load(run_directory)
+    table = tables.coefficient_table(run)
     if table is None:
         return
     table = dataclasses.replace(
@@ -95,29 +146,35 @@ def print_coefficients(run_directory: Path | str, file: IO[str] | None = None) -
 
 
 def _render_one(run: Run, suffix: str) -> str:
-    from moelab.report import html, result_md, tables
+    from moelab.report import facts, html, latex, result_md, tables
 
     if suffix == ".csv":
         return tables.to_csv(tables.result_rows(run))
     if suffix == ".md":
         return result_md.render(run)
-    _warn_without_plots()
+    if suffix == ".tex":
+        name = str(run.card["name"])
+        return latex.table(tables.result_table(run), [facts.result_note(run)], name)
+    _warn_without_plots(suffix)
     return html.render(run)
 
 
-def _render(runs: list[Run], suffix: str) -> str:
-    from moelab.report import compare, tables
+def _render(runs: list[Run], suffix: str, different_tokens: bool) -> str:
+    from moelab.report import compare, latex, tables
 
     if suffix == ".csv":
-        return tables.to_csv(compare.compare_rows(runs))
+        return tables.to_csv(compare.compare_rows(runs, different_tokens=different_tokens))
     if suffix == ".md":
-        return compare.render_markdown(runs)
-    _warn_without_plots()
-    return compare.render_html(runs)
+        return compare.render_markdown(runs, different_tokens=different_tokens)
+    if suffix == ".tex":
+        table = compare.compare_table(runs, different_tokens=different_tokens)
+        return latex.table(table, [compare.SEEDS], "runs")
+    _warn_without_plots(suffix)
+    return compare.render_html(runs, different_tokens=different_tokens)
 
 
-def _warn_without_plots() -> None:
+def _warn_without_plots(suffix: str) -> None:
     from moelab.report import canvas, html
 
-    if not canvas.available():
+    if suffix == ".html" and not canvas.available():
         _log.warning(html.NO_PLOTS)

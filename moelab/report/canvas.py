@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -153,6 +154,8 @@ def to_svg(figure: Any, name: str) -> str:
     text = text.replace("xlink:href=", "href=")
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", text)
+    number = itertools.count()  # images are named by their content, which panels may share
+    text = re.sub(r'(<image [^>]*?\bid=")', lambda m: f"{m[1]}{next(number)}-", text)
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     text = re.sub(r"<style.*?</style>\s*", "", text, flags=re.DOTALL)  # would leak into the page
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from moelab.report import canvas, facts, page, plots, statistics, tables
+from moelab.report import arms, canvas, facts, page, plots, statistics, tables
 from moelab.report import formatting as fmt
 from moelab.report import html as run_page
 from moelab.report.runs import REFERENCE, Run, check_comparable
@@ -34,7 +34,7 @@ def names(runs: Sequence[Run]) -> list[str]:
     return chosen
 
 
-def compare_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def compare_rows(runs: Sequence[Run], *, different_tokens: bool = False) -> list[dict[str, Any]]:
     """Lists the unrounded numbers of the comparison, one dict per run.
 
     Returns:
@@ -45,7 +45,7 @@ def compare_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     Raises:
       ReportError: the runs cannot be compared.
     """
-    check_comparable(list(runs))
+    check_comparable(runs, different_tokens=different_tokens)
     rows = []
     for name, run in zip(names(runs), runs, strict=True):
         card, bits = run.card, (run.reference or {}).get("bits_per_byte") or {}
@@ -72,9 +72,9 @@ def _difference(first: Run, run: Run) -> tuple[float | None, ...]:
     return tuple(None if math.isnan(value) else value for value in interval)
 
 
-def compare_table(runs: Sequence[Run]) -> Table:
+def compare_table(runs: Sequence[Run], *, different_tokens: bool = False) -> Table:
     """Builds the comparison for reading."""
-    rows, domains = compare_rows(runs), runs[0].domains
+    rows, domains = compare_rows(runs, different_tokens=different_tokens), runs[0].domains
     body = []
     for i, row in enumerate(rows):
         bounds = [row[k] for k in ("difference", "difference_low", "difference_high")]
@@ -100,7 +100,7 @@ def compare_table(runs: Sequence[Run]) -> Table:
 
 def config_table(runs: Sequence[Run]) -> Table | None:
     """Lists the config fields that differ between the runs; None where none does."""
-    flat = [_flatten(run.card["config"]) for run in runs]
+    flat = [arms.flatten(run.card["config"]) for run in runs]
     fields = sorted({key for config in flat for key in config})
     rows = []
     for field in fields:
@@ -112,21 +112,12 @@ def config_table(runs: Sequence[Run]) -> Table | None:
     return Table("Config fields that differ", ("field", *names(runs)), tuple(rows))
 
 
-def _flatten(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {path: value}
-    flat = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{path}.{key}" if path else str(key))
-    return flat
-
-
-def render_markdown(runs: Sequence[Run]) -> str:
+def render_markdown(runs: Sequence[Run], *, different_tokens: bool = False) -> str:
     """Writes the comparison as Markdown."""
     parts = [
         f"# {len(runs)} runs\n",
         f"{TITLE}. {SEEDS}\n",
-        tables.to_markdown(compare_table(runs)),
+        tables.to_markdown(compare_table(runs, different_tokens=different_tokens)),
     ]
     for name, run in zip(names(runs), runs, strict=True):
         parts += [f"- **{name}**: {note}" for note in facts.warnings(run)]
@@ -138,7 +129,7 @@ def render_markdown(runs: Sequence[Run]) -> str:
     return "\n".join(parts)
 
 
-def render_html(runs: Sequence[Run]) -> str:
+def render_html(runs: Sequence[Run], *, different_tokens: bool = False) -> str:
     """Writes the comparison as one self-contained page."""
     labels = names(runs)
     body = [page.header("Comparison of runs", "moelab report", labels)]
@@ -146,7 +137,8 @@ def render_html(runs: Sequence[Run]) -> str:
         body += [page.notice(f"{name}: {note}") for note in facts.warnings(run)]
     if not canvas.available():
         body.append(page.notice(run_page.NO_PLOTS))
-    body.append(page.section("Runs", page.paragraph(SEEDS), page.table(compare_table(runs))))
+    table = compare_table(runs, different_tokens=different_tokens)
+    body.append(page.section("Runs", page.paragraph(SEEDS), page.table(table)))
     if canvas.available():
         pairs = list(zip(labels, runs, strict=True))
         overlaid = plots.loss_curves(pairs), plots.violation_curves(pairs)

@@ -90,6 +90,16 @@ def percent(value: Any, digits: int = 1) -> str:
     return text
 
 
+def p_value(value: Any) -> str:
+    """Writes a probability of a test in three digits; a small one is never 0.
+
+    >>> p_value(0.0004), p_value(0.0625)
+    ('<0.001', '0.062')
+    """
+    x = number(value)
+    return "<0.001" if x is not None and x < 0.001 else fixed(value, 3)
+
+
 def duration(value: Any) -> str:
     """Writes seconds as a person would say them.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moelab import metrics
+from moelab import metrics, sweep_file
 from moelab.errors import UserError
 from moelab.report import card as cards
 from moelab.report import documents
@@ -28,6 +29,8 @@ class Run:
       journal: records of metrics.jsonl in order; empty where there is none.
       documents: the document table, or None where there is none.
       notes: what could not be read, one line each, to be shown in the report.
+      label: the point's name in its sweep; empty for other runs.
+      config_schema: the schema of configs under which it ran; None where a card stands alone.
     """
 
     directory: Path
@@ -35,6 +38,8 @@ class Run:
     journal: list[dict[str, Any]]
     documents: documents.Documents | None
     notes: tuple[str, ...] = ()
+    label: str = ""
+    config_schema: int | None = None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -84,26 +89,82 @@ def load(path: Path | str) -> Run:
         table = documents.read(path / documents.NAME)
     except (OSError, documents.DocumentsError) as error:
         notes.append(f"No intervals: {documents.NAME} cannot be read ({_reason(error)}).")
-    return Run(path, card, journal, table, tuple(notes))
+    return Run(path, card, journal, table, tuple(notes), config_schema=_config_schema(path))
+
+
+def load_all(paths: Sequence[Path | str]) -> tuple[list[Run], list[str]]:
+    """Reads runs, and the finished points of sweep directories.
+
+    Returns:
+      The runs, and one line for each sweep that is not finished.
+
+    Raises:
+      ReportError: as `load`; nothing is named; a sweep without a finished point.
+    """
+    if not paths:
+        raise ReportError("a report wants at least one run")
+    found, notes = [], []
+    for path in paths:
+        if not sweep_file.is_sweep(path):
+            found.append(load(path))
+            continue
+        points = sweep_file.read(path).points
+        finished = [p for p in points if p.status == sweep_file.FINISHED]
+        if not finished:
+            raise ReportError(f"{path}: none of the sweep's {len(points)} points is finished")
+        if len(finished) < len(points):
+            notes.append(
+                f"{path}: {len(finished)} of {len(points)} points of the sweep are finished."
+            )
+        for point in finished:
+            run = load(Path(path) / point.directory)
+            found.append(dataclasses.replace(run, label=point.name))
+    return found, notes
+
+
+def _config_schema(directory: Path) -> int | None:
+    try:
+        return cards.read_json(directory / "config.json").get("schema")
+    except cards.CardError:
+        return None
 
 
 def _reason(error: Exception) -> str:
     return "missing" if isinstance(error, FileNotFoundError) else str(error)
 
 
-def check_comparable(runs: list[Run]) -> None:
+def check_comparable(runs: Sequence[Run], *, different_tokens: bool = False) -> None:
     """Refuses runs whose numbers do not belong into one table.
 
+    Args:
+      runs: at least one.
+      different_tokens: allow different numbers of training tokens, as at equal FLOPs.
+
     Raises:
-      ReportError: names the two runs and the first difference in tokenizer, evaluation split or documents.
+      ReportError: names the two runs and the first difference in tokenizer, evaluation split or documents, schema of
+        configs, or training tokens.
     """
     first = runs[0]
     for other in runs[1:]:
-        difference = _difference(first, other)
+        difference = _difference(first, other) or _other_training(first, other, different_tokens)
         if difference:
             raise ReportError(
                 f"{first.directory} and {other.directory} cannot be compared: {difference}"
             )
+
+
+def _other_training(first: Run, other: Run, different_tokens: bool) -> str:
+    schemas = first.config_schema, other.config_schema
+    if None not in schemas and schemas[0] != schemas[1]:
+        return "schemas of configs differ ({} and {}): defaults or meanings changed".format(
+            *schemas
+        )
+    tokens = [run.card["training"].get("tokens") for run in (first, other)]
+    if tokens[0] != tokens[1] and not different_tokens:
+        return "training tokens differ ({} and {}); --different_tokens compares them anyway".format(
+            *tokens
+        )
+    return ""
 
 
 def _difference(first: Run, other: Run) -> str:

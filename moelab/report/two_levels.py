@@ -73,7 +73,7 @@ def bootstrap(
 
     The interval's half width is between two: sqrt((t_S SE_seeds)^2 + (t_D SE_documents)^2), t with S - 1 and D - 1
     degrees of freedom, which covers up to 98 % where both levels matter, and t SE with Satterthwaite's degrees of
-    freedom, which covers 92 % where three seeds are nearly all of it. Their mean covers 94.7 to 96.7 % from three seeds on
+    freedom, which covers 92 % where three seeds are nearly all of it. Their mean covers 94 to 97 % from three seeds on
     (tests/report_paired_test.py); with two it is the wider one. Percentiles would cover 84 % with five seeds.
 
     Args:

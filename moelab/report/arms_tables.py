@@ -1,0 +1,206 @@
+"""The tables of a comparison of arms, and the sentences that say what they can show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from moelab.report import formatting as fmt
+from moelab.report import paired
+from moelab.report.arms import Arm, Comparison, Difference, max_violation
+from moelab.report.tables import Cell, Table
+
+
+def main_table(comparison: Comparison) -> Table:
+    """Builds the table of arms: quality, difference to the reference with its tests, balance and cost."""
+    heads = (
+        "arm",
+        "n",
+        "bits per byte",
+        "difference [95 %]",
+        "p, t (Holm)",
+        "p, sign flip",
+        "detectable",
+        "MaxVio",
+        "active",
+        "FLOPs/token",
+        "training",
+    )
+    return Table(
+        f"Bits per byte in {comparison.precision}; difference to {comparison.reference.name} over paired seeds",
+        heads,
+        tuple(_row(arm, comparison) for arm in comparison.arms),
+    )
+
+
+def _row(arm: Arm, comparison: Comparison) -> tuple[Cell, ...]:
+    bits = list(arm.bits(comparison.precision).values())
+    mean = float(np.mean(bits))
+    found = comparison.differences.get(arm.name)
+    violation, card = max_violation(arm, comparison.precision), arm.first.card
+    flops, seconds = card["training"].get("flops_per_token"), arm.mean("training", "train_seconds")
+    total, active = card["parameters"].get("total"), card["parameters"].get("active")
+    return (
+        Cell(
+            arm.name + (" *" if arm.apart else ""),
+            arm.name,
+            detail=f"not ranked: {arm.apart}" if arm.apart else "",
+        ),
+        Cell(str(len(bits)), len(bits)),
+        Cell(fmt.fixed(mean, 4), mean, detail=_spread(bits)),
+        _difference_cell(found, arm is comparison.reference),
+        _p(found),
+        _flip(found),
+        Cell(*_number(found.detectable if found else None, 4)),
+        Cell(*_number(violation, 2)),
+        Cell(fmt.compact(active), fmt.number(active), detail=f"of {fmt.compact(total)}"),
+        Cell(fmt.compact(flops), fmt.number(flops)),
+        Cell(fmt.duration(seconds), seconds),
+    )
+
+
+def _number(value: float | None, digits: int) -> tuple[str, float | None]:
+    return ("", None) if value is None else (fmt.fixed(value, digits), value)
+
+
+def _spread(bits: Sequence[float]) -> str:
+    return f"sd {fmt.fixed(np.std(bits, ddof=1), 4)}" if len(bits) > 1 else ""
+
+
+def _difference_cell(found: Difference | None, is_reference: bool) -> Cell:
+    if is_reference:
+        return Cell("reference", 0.0)
+    if found is None:
+        return Cell("no seed in common")
+    bounds = (None if math.isnan(v) else v for v in (found.low, found.high))
+    detail = "" if found.over == "seeds" else f"one pair: over {found.over}"
+    if found.over == "seeds" and found.both is not None:
+        detail = "with documents " + fmt.bounds(found.both.low, found.both.high)
+    return Cell(fmt.fixed(found.mean, 4, sign=True), found.mean, fmt.bounds(*bounds), detail)
+
+
+def _p(found: Difference | None) -> Cell:
+    if found is None or math.isnan(found.t):
+        return Cell("")
+    corrected = "" if math.isnan(found.holm) else f" ({fmt.p_value(found.holm)})"
+    return Cell(fmt.p_value(found.t) + corrected, found.t)
+
+
+def _flip(found: Difference | None) -> Cell:
+    flip = found.sign_flip if found else None
+    if flip is None:
+        return Cell("")
+    return Cell(fmt.fixed(flip.p, 4), flip.p, detail=f"least {flip.smallest:.3g}")
+
+
+def points_table(comparison: Comparison) -> Table:
+    """Lists every point: bits per byte by arm and seed, the difference to the reference in brackets."""
+    seeds = sorted({seed for arm in comparison.arms for seed in arm.runs})
+    body = []
+    base = comparison.reference.bits(comparison.precision)
+    for arm in comparison.arms:
+        bits = arm.bits(comparison.precision)
+        cells = [Cell(arm.name, arm.name)]
+        for seed in seeds:
+            value = bits.get(seed)
+            bounds = ""
+            if value is not None and seed in base and arm is not comparison.reference:
+                bounds = f"({fmt.fixed(value - base[seed], 4, sign=True)})"
+            cells.append(Cell("" if value is None else fmt.fixed(value, 4), value, bounds))
+        body.append(tuple(cells))
+    heads = ("arm", *(f"seed {seed}" for seed in seeds))
+    return Table("Every point: bits per byte (difference to the reference)", heads, tuple(body))
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Says how the table's numbers were made and what so many seeds can show."""
+    found = [d for d in comparison.differences.values() if d.n > 1]
+    told = [
+        "Differences are paired by seed: same initialisation and order of the data. Intervals are Student's t over "
+        "seeds; p of the t test is corrected by Holm for the arms of the table; the sign-flip test is exact and "
+        "assumes no distribution."
+    ]
+    if any(d.n == 1 for d in comparison.differences.values()):
+        told.append(
+            "One pair of runs says nothing about the spread between seeds: its interval is over documents alone."
+        )
+    if found:
+        least = max(d.n for d in found)
+        smallest = 2.0 ** (1 - least)
+        told.append(
+            f"With {least} pairs the sign-flip test cannot give a p below {smallest:.3g}"
+            + (", so it never reaches 0.05." if smallest > 0.05 else ".")
+        )
+        effects = [d.detectable for d in found]
+        told.append(
+            f"Detectable: the smallest true difference that these seeds would show with power {paired.POWER}; here "
+            f"{min(effects):.4f} to {max(effects):.4f} bits per byte. A smaller one may exist unseen."
+        )
+        known = [d.correlation.estimate for d in found if not math.isnan(d.correlation.estimate)]
+        if known:
+            told.append(
+                f"Paired seeds correlate at {np.mean(known):.2f} across arms (mean of {len(known)}): "
+                + (
+                    "pairing takes noise out."
+                    if np.mean(known) > 0
+                    else "pairing takes no noise out here."
+                )
+            )
+    if any(arm.apart for arm in comparison.arms):
+        told.append("A star: not ranked with the others, and no hypothesis in Holm's correction.")
+    return told
+
+
+def limits(comparison: Comparison) -> str:
+    """Says, from the cards, how far the table's numbers reach."""
+    runs = [run for arm in comparison.arms for run in arm.runs.values()]
+    cards = [run.card for run in runs]
+
+    def distinct(read) -> list:
+        return list(dict.fromkeys(value for card in cards if (value := read(card)) is not None))
+
+    active = distinct(lambda c: fmt.number(c["parameters"].get("active")))
+    tokens = distinct(lambda c: fmt.number(c["training"].get("tokens")))
+    epochs = distinct(_epochs)
+    machines = distinct(lambda c: c["environment"].get("cpu") or _device(c))
+    commits = distinct(
+        lambda c: ((c["environment"].get("git") or {}).get("commit") or "")[:10] or None
+    )
+    seconds = math.fsum(fmt.number(c["training"].get("wall_seconds")) or 0.0 for c in cards)
+    parts = [
+        f"{_range(active, fmt.compact)} active parameters",
+        f"{_range(tokens, fmt.compact)} training tokens"
+        + (f" ({_range(epochs, lambda v: f'{v:.2g}')} epochs)" if epochs else ""),
+        f"{len(runs)} runs, {fmt.duration(seconds)} of machine time in all",
+        f"on {' and '.join(map(str, machines)) or 'an unknown machine'}",
+        f"at {len(commits)} commit{'s' if len(commits) != 1 else ''}",
+    ]
+    text = "Known limits: " + ", ".join(parts) + ". "
+    if any((c["environment"].get("git") or {}).get("dirty") for c in cards):
+        text += "Some runs had uncommitted changes. "
+    if any(c["data"].get("fallback") for c in cards):
+        text += "The corpus was the fallback. "
+    if len(tokens) > 1:
+        text += "Arms trained on different numbers of tokens. "
+    if epochs and max(epochs) < 1:
+        text += "Less than an epoch: repetition cannot show. "
+    return text + "Order and size of differences may change with scale, length and data."
+
+
+def _epochs(card: dict) -> float | None:
+    have = fmt.number((card["data"].get("tokens") or {}).get("train"))
+    used = fmt.number(card["training"].get("tokens"))
+    return used / have if have and used else None
+
+
+def _device(card: dict) -> str | None:
+    return (card["environment"].get("devices") or {}).get("kind")
+
+
+def _range(values: Sequence[float], form) -> str:
+    if not values:
+        return "unknown"
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low} to {high}"

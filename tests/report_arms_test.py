@@ -1,0 +1,338 @@
+"""Comparisons of arms over paired seeds: tables, tests, refusals, figures, LaTeX and BibTeX."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_directory
+from report_page_test import _parse
+from scipy import stats
+
+from moelab import balance, report, routers, sweep_file
+from moelab.cli import main
+from moelab.report import arms, arms_plots, arms_tables, canvas, citations, latex, paired
+from moelab.report import card as cards
+from moelab.report.tables import Cell, Table
+
+SEEDS = 5
+# Nats per token that an arm is worse than the first, and how it grows with the seed.
+ARMS = {
+    "plain": (0.0, 0.0),
+    "worse": (0.05, 0.002),
+    "better": (-0.02, 0.001),
+    "alike": (0.0, 0.003),
+}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A finished sweep of four arms and five seeds."""
+    folder = tmp_path_factory.mktemp("sweep")
+    points = []
+    for seed in range(SEEDS):
+        for i, (name, (worse, slope)) in enumerate(ARMS.items()):
+            config = {"seed": seed, "router": {"kind": "top_k", "k": i + 1}}
+            config |= {"moe": {"num_experts": 8}, "train": {"num_steps": 20}}
+            shift = worse + slope * (-1) ** seed * (seed + 1)
+            directory = folder / f"{name}-seed={seed}"
+            sha = f"{i}{seed}" * 32
+            run_directory.make(
+                directory, seed=seed, steps=20, config=config, config_sha256=sha, shift=shift
+            )
+            entry = sweep_file.Entry(f"{name}-seed={seed}", directory.name, "x.py", [], sha)
+            entry.status = sweep_file.FINISHED
+            points.append(entry)
+    sweep_file.write(sweep_file.Sweep("moelab sweep", "x.py", ["arms"], points), folder)
+    return folder
+
+
+@pytest.fixture
+def compared(swept):
+    return arms.compare(arms.group(report.load_all([swept])[0]))
+
+
+@pytest.fixture
+def without_plots(monkeypatch):
+    monkeypatch.setattr(canvas, "available", lambda: False)
+
+
+def bits(path):
+    row = next(r for r in cards.read(path)["evaluation"]["rows"] if r["precision"] == "float32")
+    return row["bits_per_byte"]["all"]
+
+
+def test_arms_are_paired_by_seed_and_the_numbers_are_scipys(swept, compared):
+    assert [arm.name for arm in compared.arms] == ["better", "plain", "alike", "worse"]
+    a, b = ([bits(swept / f"{n}-seed={s}") for s in range(SEEDS)] for n in ("plain", "worse"))
+    found = compared.differences["worse"]
+    theirs = stats.ttest_rel(b, a)
+    assert found.mean == pytest.approx(np.mean(np.subtract(b, a)))
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert found.t == pytest.approx(theirs.pvalue) and found.n == SEEDS
+    assert found.sign_flip == (0.0625, 0.0625, 5)
+    raw = [compared.differences[n].t for n in ("worse", "better", "alike")]
+    corrected = [compared.differences[n].holm for n in ("worse", "better", "alike")]
+    assert corrected == pytest.approx(paired.holm(raw)) and corrected != pytest.approx(raw)
+    spread = np.std(np.subtract(b, a), ddof=1)
+    assert found.detectable == pytest.approx(paired.detectable(spread, 5))
+    assert found.both.low < found.mean < found.both.high
+    assert found.correlation.estimate == pytest.approx(stats.pearsonr(a, b).statistic)
+
+
+def test_rows_are_unrounded_with_every_point(swept, compared, tmp_path):
+    written = report.write([swept], tmp_path / "r.csv").read_text()
+    rows = list(csv.DictReader(io.StringIO(written)))
+    assert [row["arm"] for row in rows] == ["better", "plain", "alike", "worse"]
+    for row in rows:
+        for seed in range(SEEDS):
+            assert float(row[f"seed{seed}"]) == bits(swept / f"{row['arm']}-seed={seed}")
+    assert rows[1]["difference"] == "" and float(rows[3]["p_smallest"]) == 0.0625
+
+
+def test_every_point_and_n_are_shown_and_what_they_cannot_say(swept, tmp_path):
+    text = report.write([swept], tmp_path / "r.md").read_text()
+    for arm in ARMS:
+        for seed in range(SEEDS):
+            assert f"{bits(swept / f'{arm}-seed={seed}'):.4f}" in text
+    assert (
+        "With 5 pairs the sign-flip test cannot give a p below 0.0625, so it never reaches" in text
+    )
+    assert "Detectable: the smallest true difference" in text and "correlate at" in text
+    assert "Known limits: 3.82 M active parameters" in text
+    assert "20 runs, " in text and "Example CPU" in text
+    assert "| router.k |" in text and "| seed |" not in text.split("Config fields")[1]
+
+
+def test_another_reference(swept, tmp_path):
+    text = report.write([swept], tmp_path / "r.md", reference="worse").read_text()
+    assert re.search(r"\| worse \| 5 \| [\d.]+ \| reference", text)
+    with pytest.raises(report.ReportError, match="no arm 'wors'; did you mean --reference=worse"):
+        report.write([swept], tmp_path / "r.md", reference="wors")
+    runs = [swept / "plain-seed=0"]
+    with pytest.raises(report.ReportError, match="--reference is for several arms"):
+        report.write(runs, tmp_path / "r.md", reference="worse")
+
+
+def test_another_precision(swept, tmp_path):
+    text = report.write([swept], tmp_path / "r.md", precision="nvfp4_wa").read_text()
+    assert "Bits per byte in nvfp4_wa" in text
+    with pytest.raises(
+        report.ReportError, match=r"in 'nvfp4_wq'; did you mean --precision=nvfp4_w"
+    ):
+        report.write([swept], tmp_path / "r.md", precision="nvfp4_wq")
+
+
+def test_runs_of_one_arm_are_still_compared_one_by_one(swept, tmp_path):
+    runs = [swept / f"plain-seed={s}" for s in (0, 1)]
+    assert "# 2 runs" in report.write(runs, tmp_path / "r.md").read_text()
+    both = [*runs, swept / "worse-seed=0"]
+    text = report.write(both, tmp_path / "r.md").read_text()
+    assert "# 2 arms" in text
+    assert "k=1" in text and "k=2" in text  # named by what differs: their cards have one name
+    assert "one pair" not in text and "interval is over documents alone" in text
+
+
+def _change(path, tmp_path, change):
+    target = tmp_path / f"changed-{path.name}"
+    shutil.copytree(path, target)
+    card = json.loads((target / cards.NAME).read_text())
+    change(card)
+    (target / cards.NAME).write_text(json.dumps(card))
+    return target
+
+
+def test_what_does_not_compare_is_refused_and_the_difference_named(swept, tmp_path):
+    def refused(change, message):
+        other = _change(swept / "worse-seed=1", tmp_path, change)
+        runs = [swept / "plain-seed=0", swept / "plain-seed=1", swept / "worse-seed=0", other]
+        with pytest.raises(report.ReportError, match=message):
+            report.write(runs, tmp_path / "r.md")
+        shutil.rmtree(other)
+
+    refused(lambda c: c["data"].update(tokenizer_sha256="0" * 64), "tokenizers differ")
+    refused(lambda c: c["evaluation"].update(split="validation"), "evaluation split differ")
+    refused(lambda c: c["training"].update(tokens=5), r"training tokens differ \(81920 and 5\)")
+    refused(lambda c: c.update(schema=99), "schema is 99; this moelab reads 1")
+    refused(lambda c: c["seeds"].update(seed=0), "are one config with one seed, 0")
+
+
+def test_different_tokens_are_compared_on_request_and_said(swept, tmp_path):
+    other = _change(swept / "worse-seed=1", tmp_path, lambda c: c["training"].update(tokens=5))
+    runs = [*(swept / f"plain-seed={s}" for s in (0, 1)), swept / "worse-seed=0", other]
+    text = report.write(runs, tmp_path / "r.md", different_tokens=True).read_text()
+    assert "different numbers of tokens" in text
+
+
+def test_other_schemas_of_configs_are_refused(swept, tmp_path):
+    other = _change(swept / "worse-seed=1", tmp_path, lambda card: None)
+    recorded = json.loads((other / "config.json").read_text()) | {"schema": 1}
+    (other / "config.json").write_text(json.dumps(recorded))
+    runs = [*(swept / f"plain-seed={s}" for s in (0, 1)), swept / "worse-seed=0", other]
+    with pytest.raises(report.ReportError, match="schemas of configs differ"):
+        report.write(runs, tmp_path / "r.md")
+
+
+def test_sweeps_that_are_not_finished(swept, tmp_path, without_plots):
+    folder = tmp_path / "half"
+    folder.mkdir()
+    saved = sweep_file.read(swept)
+    for point in saved.points[:8]:
+        shutil.copytree(swept / point.directory, folder / point.directory)
+    for point in saved.points[8:]:
+        point.status = sweep_file.WAITING
+    sweep_file.write(saved, folder)
+    page = report.write([folder], tmp_path / "r.html").read_text()
+    assert "8 of 20 points of the sweep are finished" in page
+    for point in saved.points:
+        point.status = sweep_file.FAILED
+    sweep_file.write(saved, folder)
+    with pytest.raises(report.ReportError, match="none of the sweep's 20 points is finished"):
+        report.write([folder], tmp_path / "r.html")
+
+
+def test_bounds_are_apart_and_no_hypotheses(swept):
+    runs = report.load_all([swept])[0]
+    marked = [
+        dataclasses.replace(r, card=r.card | {"bound": "by chance"}) if "better" in r.label else r
+        for r in runs
+    ]
+    found = arms.compare(arms.group(marked))
+    assert found.arms[-1].name == "better"
+    assert math.isnan(found.differences["better"].holm)
+    two = [found.differences[n].t for n in ("worse", "alike")]
+    assert [found.differences[n].holm for n in ("worse", "alike")] == pytest.approx(
+        paired.holm(two)
+    )
+    row = arms_tables.main_table(found).rows[-1]
+    assert row[0].text == "better *" and "by chance" in row[0].detail
+    assert "A star" in " ".join(arms_tables.notes(found))
+
+
+FIGURES = [
+    "Differences over paired seeds",
+    "Learning curves",
+    "Quality against bytes",
+    "Experts by domain, by arm",
+]
+
+
+def test_the_page_is_self_contained(swept, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = report.write([swept], tmp_path / "r.html").read_text()
+    _parse(page)
+    assert re.findall(r"<figure><h3>(.*?)</h3><svg", page) == FIGURES
+    without_bibtex = re.sub(r"<details>.*?</details>", "", page, flags=re.S)
+    assert not re.search(r"https?:|@import|<link|<iframe|src=", without_bibtex)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(set(ids)) == len(ids)
+    assert "Cite the methods" in page and "2101.03961" in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [1200, 400])
+def test_chromium_has_nothing_to_complain_of(swept, tmp_path, width):
+    page = report.write([swept], tmp_path / "r.html")
+    words = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu"]
+    words += ["--enable-logging=stderr", f"--window-size={width},900"]
+    words += [f"--screenshot={tmp_path}/r.png", page.as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+    assert "CONSOLE" not in done.stderr
+
+
+def test_costs_that_differ_get_their_figure(swept):
+    pytest.importorskip("matplotlib")
+    runs = report.load_all([swept])[0]
+    costs = {"plain": 1e6, "worse": 3e6, "better": 8e6, "alike": 8e6}
+
+    def priced(run):
+        training = run.card["training"] | {"flops_per_token": costs[run.label.split("-")[0]]}
+        return dataclasses.replace(run, card=run.card | {"training": training})
+
+    found = arms.compare(arms.group([priced(run) for run in runs]))
+    figure = arms_plots.pareto(found, "flops")
+    assert figure.title == "Quality against compute"
+    assert all(name in figure.svg for name in costs)
+    assert arms_plots.pareto(found, "seconds") is None  # all alike
+
+
+def test_the_front_is_what_nothing_beats():
+    # (3, 2) is beaten by (2, 2); (1, 5) is the cheapest; equal points keep one.
+    assert arms_plots.pareto_front([(3, 2), (2, 2), (1, 5), (2, 2), (4, 1)]) == [2, 1, 4]
+
+
+def test_latex_is_a_table_with_a_caption(swept, tmp_path):
+    text = report.write([swept], tmp_path / "paper.tex").read_text()
+    assert text.count("{") == text.count("}")
+    for part in ("\\caption{Bits per byte in float32", "\\label{tab:paper}", "\\toprule", "95 \\%"):
+        assert part in text
+    body = text[text.index("\\midrule") : text.index("\\bottomrule")]
+    assert body.count("\\\\\n") == 4 and "Known limits" in text
+    assert "\N{MINUS SIGN}" not in text
+    one = report.write([swept / "plain-seed=0"], tmp_path / "one.tex").read_text()
+    assert "nvfp4\\_wa" in one and "\\label{tab:demo}" in one
+    odd = Table("50 % of a_b & c", ("x{", "y"), ((Cell("~^\\"), Cell("1")),))
+    assert latex.table(odd, [], "a b").count("\\label{tab:a-b}") == 1
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+def test_latex_compiles(swept, tmp_path):
+    table = report.write([swept], tmp_path / "t.tex").read_text()
+    head = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n"
+    (tmp_path / "d.tex").write_text(head + table + "\\end{document}\n")
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "d.tex"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+class TestCitations:
+    def test_what_was_used_is_cited(self):
+        config = {
+            "moe": {"num_experts": 8},
+            "router": {"kind": "expert_choice"},
+            "balance": {"switch_loss": {"coefficient": 0.0}, "loss_free_bias": {"rate": 0.01}},
+            "quantization": {"recipe": "nvfp4_training"},
+        }
+        assert citations.methods(config) == {
+            "router expert_choice": ["2202.09368"],
+            "balance loss_free_bias": ["2408.15664"],
+            "recipe nvfp4_training": ["2509.25149"],
+        }
+        text = citations.bibtex([config, config])
+        assert text.count("@misc") == 3 and "Expert Choice Routing" in text
+        assert "% router expert_choice\n@misc{arXiv:2202.09368," in text
+        assert text.count("{") == text.count("}")
+        assert citations.methods({"moe": {"num_experts": 0}, "router": {"kind": "top_k"}}) == {}
+
+    def test_a_method_without_a_paper_is_named(self):
+        config = {"moe": {"num_experts": 8}, "router": {"kind": "oracle"}}
+        assert "% no paper is named for: router oracle" in citations.bibtex([config])
+
+    def test_every_paper_that_is_named_has_its_title(self):
+        folders = [Path(package.__file__).parent for package in (routers, balance)]
+        named = {
+            i for f in folders for path in f.glob("*.py") for i in citations.of_docstring(path)
+        }
+        assert len(named) > 15
+        assert named - citations.PAPERS.keys() == set()
+
+
+def test_the_command_line(swept, tmp_path, capsys):
+    assert main(["report", str(swept)]) == 0
+    out, err = capsys.readouterr()
+    assert "better" in out and "Every point" in out and "Known limits" in err
+    assert main(["report", str(swept), "--json", "--reference=worse"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["arm"] for row in rows} == set(ARMS)
+    assert main(["report", str(swept), f"--out={tmp_path}/x.tex", "--bibtex"]) == 0
+    assert (tmp_path / "x.bib").read_text().startswith("% router top_k")
+    assert main(["report", str(swept), "--precision=q"]) == 2
