@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
-from moelab import balancing, data, environment, evaluate, metrics, report, size
+from moelab import balancing, data, environment, evaluate, metrics, report, schema, size
 from moelab import config as configs
 from moelab.progress import note
 from moelab.report import card as cards
@@ -55,7 +56,7 @@ def conclude(session, config_file: str, overrides: list[str], command: str) -> d
         overrides=overrides,
         seeds={"seed": config.seed},
         environment=environment.describe() | {"mesh": dict(session.mesh.shape)},
-        data=_data(dataset),
+        data=_data(dataset) | _passes(config, session.batches),
         parameters=summary["parameters"],
         leak=session.model.leak,
         group=session.model.group,
@@ -96,6 +97,13 @@ def bound(config) -> str:
         if ranked
         else f"router.kind={config.router.kind} routes by what it is given or by chance"
     )
+
+
+def _passes(config, batches) -> dict[str, Any]:
+    """How often the run saw its text, where the config says anything about that."""
+    if dict(config.mixture) == dataclasses.asdict(schema.Mixture()):
+        return {}
+    return {"mixture": batches.passes(config.train.num_steps)}
 
 
 def _data(dataset) -> dict[str, Any]:

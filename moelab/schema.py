@@ -214,6 +214,31 @@ class TokenFile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Which training text is drawn how often, and when; with the defaults every window comes once an epoch."""
+
+    domain_weights: tuple[
+        str, ...
+    ] = ()  # DOMAIN=WEIGHT, * for the rest: share of the windows; empty: as there are
+    bucket_by: str = (
+        ""  # divides the documents into buckets: label, or a filter of data.filter by its score
+    )
+    num_buckets: int = 4  # parts of a filter's scores with equally many tokens: q1 (worst), q2, ...
+    bucket_weights: tuple[
+        str, ...
+    ] = ()  # BUCKET=WEIGHT, * for the rest: how often, against 1 for as there are
+    anneal_share: float = (
+        0.0  # last part of the steps, in which the two weights below hold; 0: none
+    )
+    anneal_domain_weights: tuple[str, ...] = ()  # as domain_weights, at the end; empty: as before
+    anneal_bucket_weights: tuple[str, ...] = ()  # as bucket_weights, at the end; empty: as before
+    unique_tokens: int = 0  # whole documents with about so many tokens are the pool; 0: all
+    epochs: float = (
+        0.0  # the pool is made so small that the run's tokens are this many passes; 0: all
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Bpe:
     """Byte-level BPE trained on the training split."""
 
@@ -272,6 +297,7 @@ SECTIONS = {
     "train": Train,
     "upcycle": Upcycle,
     "quantization": Quantization,
+    "mixture": Mixture,
     "evaluation": Evaluation,
     "checkpoint": Checkpoint,
     "logging": Logging,

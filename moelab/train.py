@@ -135,6 +135,8 @@ class _Session:
             batch_size=config.train.batch_size,
             length=config.train.length,
             seed=config.seed,
+            mixture=config.mixture,
+            num_steps=config.train.num_steps,
         )
         self.saved_step = self.first_step if self.first_step else -1
         self.skipped_in_row = int(self.state.skipped_in_row)

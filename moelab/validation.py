@@ -31,11 +31,11 @@ _AT_LEAST = {
     1: """model.num_layers model.width model.num_heads model.num_kv_heads model.head_dim model.dense_width
         moe.expert_width moe.every train.num_steps train.batch_size train.length train.accumulation_steps
         train.max_nonfinite_steps evaluation.batch_size checkpoint.every checkpoint.keep logging.every
-        optimizer.newton_schulz_steps data.vocab_size""",
+        optimizer.newton_schulz_steps data.vocab_size mixture.num_buckets""",
     0: """seed moe.num_experts moe.num_shared_experts moe.num_dense_layers moe.capacity_factor
         moe.slots_per_expert train.clip_norm
         train.head_chunk evaluation.every evaluation.tokens_per_domain schedule.warmup_steps
-        optimizer.weight_decay data.end_id""",
+        optimizer.weight_decay data.end_id mixture.unique_tokens mixture.epochs""",
     257: "tokenizer.vocab_size",  # 256 bytes and the end of a document
 }
 _POSITIVE = """model.rope_base model.norm_epsilon optimizer.learning_rate optimizer.adam_learning_rate
@@ -43,7 +43,7 @@ _POSITIVE = """model.rope_base model.norm_epsilon optimizer.learning_rate optimi
 _DECAYS = (
     "optimizer.b1 optimizer.b2 optimizer.beta optimizer.adam_b1 optimizer.adam_b2"  # in [0, 1)
 )
-_SHARES = "schedule.final_scale schedule.decay_share"  # in [0, 1]
+_SHARES = "schedule.final_scale schedule.decay_share mixture.anneal_share"  # in [0, 1]
 _CHOICES = {"model.dtype": ("float32", "bfloat16"), "data.dtype": ("uint16", "uint32")}
 
 
@@ -60,6 +60,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int | None = None) 
         *_steps(config),
         *_batches(config, num_devices),
         *_data(config),
+        *_mixture(config),
         *_names(config),
         *_kernel(config, num_devices),
         *_parallel(config, num_devices),
@@ -241,6 +242,12 @@ def _data(config: ml_collections.ConfigDict) -> Iterator[Problem]:
         yield Problem(
             "data.dtype", f"must be uint32 for data.vocab_size={data.vocab_size}, got uint16"
         )
+
+
+def _mixture(config: ml_collections.ConfigDict) -> Iterator[Problem]:
+    check = importlib.import_module("moelab.data.mixture").problems
+    for field, message in check(schema.Mixture(**config.mixture), config.data):
+        yield Problem(f"mixture.{field}", message)
 
 
 def _names(config: ml_collections.ConfigDict) -> Iterator[Problem]:

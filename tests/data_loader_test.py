@@ -7,6 +7,7 @@ import pytest
 
 from moelab import data, schema
 from moelab.data import DataError, loader
+from moelab.data.mixture import whole
 
 LENGTH = 16
 
@@ -24,7 +25,7 @@ def dataset(tmp_path_factory):
 
 def test_train_windows_are_cut_from_one_domain(dataset):
     split = dataset.split("train")
-    windows = loader.Windows(split, LENGTH, 1)
+    windows = loader.Windows(whole(split), LENGTH, 1)
     counts = [(len(tokens) - 1) // LENGTH for tokens in split.tokens]
     assert len(windows) == sum(counts)
     for number in (0, 1, counts[0] - 1, counts[0], sum(counts) - 1):
@@ -42,9 +43,9 @@ def test_a_window_needs_one_token_more_than_its_length(dataset):
     shorter = min(map(len, split.tokens))
     # The shorter domain is one target short; the longer has some whole windows.
     longer = (max(map(len, split.tokens)) - 1) // shorter
-    assert len(loader.Windows(split, shorter, 1)) == longer
+    assert len(loader.Windows(whole(split), shorter, 1)) == longer
     longer = (max(map(len, split.tokens)) - 1) // (shorter - 1)
-    assert len(loader.Windows(split, shorter - 1, 1)) == longer + 1
+    assert len(loader.Windows(whole(split), shorter - 1, 1)) == longer + 1
 
 
 def test_train_windows_know_the_document_of_each_target(dataset):
@@ -52,7 +53,7 @@ def test_train_windows_know_the_document_of_each_target(dataset):
     document_of = [
         np.repeat(split.of_domain(d), split.num_tokens_N[split.of_domain(d)]) for d in (0, 1)
     ]
-    windows = loader.Windows(split, LENGTH, 1)
+    windows = loader.Windows(whole(split), LENGTH, 1)
     start = [0, 0]
     for number in range(len(windows)):
         window = windows[number]
@@ -64,7 +65,7 @@ def test_train_windows_know_the_document_of_each_target(dataset):
 
 def test_every_window_once_per_epoch_and_shuffled_anew(dataset):
     split, batch_size = dataset.split("train"), 4
-    windows = loader.Windows(split, LENGTH, batch_size)
+    windows = loader.Windows(whole(split), LENGTH, batch_size)
     batches = data.train_batches(dataset, batch_size=batch_size, length=LENGTH, seed=0)
     steps = len(windows)  # batch_size epochs
     rows = [row.tobytes() for step in range(steps) for row in _rows(batches[step])]

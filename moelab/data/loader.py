@@ -7,12 +7,15 @@ batch, L targets per window, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from moelab import schema
+from moelab.data import mixture as mixtures
 from moelab.data.dataset import Dataset, TokenSplit
 from moelab.data.document import DataError
+from moelab.data.mixture import Stream
 
 
 class Batch(NamedTuple):
@@ -34,15 +37,20 @@ class Batch(NamedTuple):
 
 
 class TrainBatches:
-    """An endless sequence of batches: `batches[step]` is a function of the step alone."""
+    """An endless sequence of batches: `batches[step]` is a function of the step alone.
 
-    def __init__(self, windows, batches):
+    Attributes:
+      windows: all that there are in the pool.
+    """
+
+    def __init__(self, windows, batches, plan=None, parts=(), domains=()):
         self.windows = windows
         self._batches = batches
+        self._plan, self._parts, self._domains = plan, parts, domains
 
     @property
     def steps_per_epoch(self) -> float:
-        """Batches in which every window occurs once."""
+        """Batches in which as many windows are seen as there are (without a mixture, every one of them once)."""
         return len(self.windows) / self.windows.batch_size
 
     def __getitem__(self, step: int) -> Batch:
@@ -50,40 +58,85 @@ class TrainBatches:
             raise IndexError(f"steps count from 0, came {step}")
         return self._batches[step]
 
+    def passes(self, num_steps: int) -> dict[str, Any]:
+        """Says how often the first steps see the pool.
+
+        Returns:
+          unique_tokens, epochs (tokens seen over unique ones); and with weights `streams`: domain, bucket,
+          unique_tokens, windows that were drawn, epochs.
+        """
+        draws = num_steps * self.windows.batch_size
+        length = self.windows.length
+        found: dict[str, Any] = {
+            "unique_tokens": len(self.windows) * length,
+            "epochs": draws / len(self.windows),
+        }
+        if self._plan:
+            found["streams"] = [
+                {
+                    "domain": self._domains[one.domain],
+                    "bucket": one.bucket,
+                    "unique_tokens": len(part) * length,
+                    "drawn": count,
+                    "epochs": count / len(part),
+                }
+                for (one, part), count in zip(self._parts, self._plan.counts(draws), strict=True)
+            ]
+        return found
+
 
 class Windows:
-    """All windows of a split, by number: tokens [i L, i L + L] of a domain, domain by domain.
+    """All windows of some streams, by number: tokens [i L, i L + L] of a stream, stream by stream.
 
     Neighbours share a token: the last target of one is the first input of the next. What remains
-    behind the last whole window of a domain is not trained on (less than L tokens per domain).
+    behind the last whole window of a stream is not trained on (less than L tokens per stream).
     """
 
-    def __init__(self, split: TokenSplit, length: int, batch_size: int):
+    def __init__(self, streams: Sequence[Stream], length: int, batch_size: int):
         self.length, self.batch_size = length, batch_size
-        self._tokens = [np.asarray(tokens) for tokens in split.tokens]  # faster to cut than memmaps
+        self._streams = tuple(streams)
         self._mask_L, self._next_L = np.ones(length, bool), np.arange(1, length + 1)
-        counts = [max(0, (len(tokens) - 1) // length) for tokens in split.tokens]
-        self._stop_by_domain = np.cumsum(counts)
-        # Where each document ends in its domain, to find the documents of a window.
-        self._first_document = np.searchsorted(split.domain_N, np.arange(len(split.domains) + 1))
-        self._end_N = split.offset_N + split.num_tokens_N
+        counts = [max(0, (len(stream.token_T) - 1) // length) for stream in self._streams]
+        self._stop_S = np.cumsum(counts)
 
     def __len__(self) -> int:
-        return int(self._stop_by_domain[-1])
+        return int(self._stop_S[-1]) if len(self._stop_S) else 0
 
     def __getitem__(self, index) -> Batch:
         """Returns one window, as a Batch without its first axis."""
-        domain = int(np.searchsorted(self._stop_by_domain, index, side="right"))
-        before = self._stop_by_domain[domain - 1] if domain else 0
+        number = int(np.searchsorted(self._stop_S, index, side="right"))
+        stream = self._streams[number]
+        before = self._stop_S[number - 1] if number else 0
         start = int(index - before) * self.length
-        token_T = self._tokens[domain][start : start + self.length + 1].astype(np.int32)
-        first, last = self._first_document[domain : domain + 2]
-        place_L = np.searchsorted(self._end_N[first:last], self._next_L + start, side="right")
-        document_L = (place_L + first).astype(np.int32)
-        return Batch(token_T[:-1], token_T[1:], self._mask_L, np.int32(domain), document_L)
+        token_T = stream.token_T[start : start + self.length + 1].astype(np.int32)
+        place_L = np.searchsorted(stream.end_N, self._next_L + start, side="right")
+        document_L = stream.document_N[place_L].astype(np.int32)
+        return Batch(token_T[:-1], token_T[1:], self._mask_L, np.int32(stream.domain), document_L)
 
 
-def train_batches(dataset: Dataset, *, batch_size: int, length: int, seed: int) -> TrainBatches:
+class _Mixed:
+    """Batches whose windows come from several streams by a plan."""
+
+    def __init__(self, plan: mixtures.Plan, ordered: Sequence, batch_size: int):
+        self._plan, self._ordered, self._batch_size = plan, ordered, batch_size
+
+    def __getitem__(self, step: int) -> Batch:
+        rows = []
+        for draw in range(step * self._batch_size, (step + 1) * self._batch_size):
+            stream, number = self._plan(draw)
+            rows.append(self._ordered[stream][number])
+        return Batch(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    mixture: schema.Mixture | None = None,
+    num_steps: int = 0,
+) -> TrainBatches:
     """Shuffles the windows of the training split, anew in every epoch, without end.
 
     Args:
@@ -91,28 +144,63 @@ def train_batches(dataset: Dataset, *, batch_size: int, length: int, seed: int) 
       batch_size: windows per batch, over all devices.
       length: targets per window.
       seed: of the order.
+      mixture: what is drawn how often (schema.Mixture, or a ConfigDict with its fields); None: all text, as it is.
+      num_steps: of the whole run; wanted where the mixture has anneal_share or epochs.
 
     Returns:
       An object with `[step] -> Batch`, step from 0; to resume, ask for the next step.
 
     Raises:
-      DataError: the split has fewer windows than a batch.
+      DataError: the split has fewer windows than a batch, or the mixture does not fit the data.
     """
     if batch_size < 1 or length < 1:
         raise DataError(f"batch_size {batch_size} and length {length}: wanted at least 1")
+    settings = _mixture(mixture, num_steps)
     split = dataset.split("train")
-    windows = Windows(split, length, batch_size)
+    streams, names = mixtures.streams(dataset, settings, num_steps * batch_size * length)
+    windows = Windows(streams, length, batch_size)
     if len(windows) < batch_size:
         raise DataError(
             f"the training split has {len(windows)} windows of {length} tokens "
-            f"({sum(map(len, split.tokens))} tokens in {len(split)} documents), fewer than a batch "
+            f"({sum(len(stream.token_T) for stream in streams)} tokens in "
+            f"{sum(len(stream.document_N) for stream in streams)} documents), fewer than a batch "
             f"of {batch_size}: add text, or lower train.batch_size or train.length"
         )
     import grain  # imports jax and orbax
 
-    # repeat before batch, so that a batch may span two epochs and no window is left out.
-    ordered = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None)
-    return TrainBatches(windows, ordered.batch(batch_size))
+    if not mixtures.is_weighted(settings):
+        # repeat before batch, so that a batch may span two epochs and no window is left out.
+        ordered = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None)
+        return TrainBatches(windows, ordered.batch(batch_size))
+    parts = [(one, Windows([one], length, batch_size)) for one in streams]
+    parts = [(one, part) for one, part in parts if len(part)]
+    plan = mixtures.plan(
+        settings,
+        [one for one, _ in parts],
+        np.array([len(part) for _, part in parts]),
+        split.domains,
+        names,
+        batch_size,
+        num_steps,
+    )
+    ordered = [
+        grain.MapDataset.source(part)
+        .seed(mixtures.stream_seed(seed, split.domains[one.domain], one.bucket))
+        .shuffle()
+        .repeat(None)
+        for one, part in parts
+    ]
+    return TrainBatches(windows, _Mixed(plan, ordered, batch_size), plan, parts, split.domains)
+
+
+def _mixture(mixture, num_steps: int) -> schema.Mixture:
+    """Makes the dataclass of a mixture."""
+    settings = mixture or schema.Mixture()
+    if not isinstance(settings, schema.Mixture):
+        settings = schema.Mixture(**settings)
+    if num_steps < 1 and (settings.anneal_share or settings.epochs):
+        raise DataError("mixture.anneal_share and mixture.epochs want the number of steps")
+    return settings
 
 
 class EvaluationBatches(Sequence):
