@@ -60,7 +60,7 @@ def load_by_domain(trace: Trace) -> np.ndarray:
     domain_T = trace.domain_T[known_T]
     return np.stack(
         [
-            _table(domain_T, expert_TK[known_T], len(trace.domains), trace.num_columns)
+            count_slots(domain_T, expert_TK[known_T], len(trace.domains), trace.num_columns)
             for expert_TK in trace.expert_MTK
         ]
     )
@@ -216,20 +216,25 @@ def specialisation(trace: Trace, permutations: int = 200, seed: int = 0) -> Spec
     domain_PU = np.stack([generator.permutation(domain_U) for _ in range(permutations)])
     mi_M, normalised_M, null_MP = [], [], []
     for expert_TK in trace.expert_MTK:
-        count_UC = _table(document_T, expert_TK[known_T], len(domain_U), trace.num_columns)
-        count_GC = _dealt(count_UC, domain_U, len(trace.domains))
+        count_UC = count_slots(document_T, expert_TK[known_T], len(domain_U), trace.num_columns)
+        count_GC = dealt(count_UC, domain_U, len(trace.domains))
         mi_M.append(mutual_information(count_GC))
         normalised_M.append(mi_M[-1] / _entropy(count_GC.sum(1)))
         null_MP.append(
-            [mutual_information(_dealt(count_UC, g_U, len(trace.domains))) for g_U in domain_PU]
+            [mutual_information(dealt(count_UC, g_U, len(trace.domains))) for g_U in domain_PU]
         )
+    return against_null(mi_M, null_MP, normalised_M)
+
+
+def against_null(mi_M, null_MP, normalised_M) -> Specialisation:
+    """Puts measured values beside those of P permutations; arguments per layer, as lists."""
     mi_M, null_MP = np.array(mi_M), np.array(null_MP)
     above_M = (null_MP >= mi_M[:, None] - _TIE).sum(1)
     return Specialisation(
         mi_M=mi_M,
         null_mean_M=null_MP.mean(1),
         null_q95_M=np.quantile(null_MP, 0.95, axis=1),
-        p_value_M=np.where(np.isnan(mi_M), np.nan, (1 + above_M) / (1 + permutations)),
+        p_value_M=np.where(np.isnan(mi_M), np.nan, (1 + above_M) / (1 + null_MP.shape[1])),
         normalised_M=np.array(normalised_M),
     )
 
@@ -277,7 +282,7 @@ def vocabulary_specialisation(trace: Trace, minimum: int = 8) -> np.ndarray:
     for expert_TK in trace.expert_MTK:
         once_TK = np.sort(expert_TK[kept_T], axis=1)
         once_TK[:, 1:][once_TK[:, 1:] == once_TK[:, :-1]] = trace.num_columns  # counted once
-        count_VC = _table(row_T, once_TK, len(total_V), trace.num_columns)
+        count_VC = count_slots(row_T, once_TK, len(total_V), trace.num_columns)
         found_M.append((count_VC.max(1) / total_V).mean())
     return np.array(found_M)
 
@@ -298,7 +303,8 @@ def _documents(trace: Trace, known_T: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return document_T, domain_T[first_U]
 
 
-def _dealt(count_UC: np.ndarray, domain_U: np.ndarray, domains: int) -> np.ndarray:
+def dealt(count_UC: np.ndarray, domain_U: np.ndarray, domains: int) -> np.ndarray:
+    """Sums the counts of documents by their domain: float64 (domains, C)."""
     one_hot_GU = (domain_U == np.arange(domains)[:, None]).astype(np.float64)
     return one_hot_GU @ count_UC.astype(np.float64)  # exact: integers below 2^53
 
@@ -308,7 +314,7 @@ def _entropy(count_G: np.ndarray) -> float:
     return float(-(share_G * np.log(share_G)).sum()) or np.nan
 
 
-def _table(row_T: np.ndarray, expert_TK: np.ndarray, rows: int, columns: int) -> np.ndarray:
+def count_slots(row_T: np.ndarray, expert_TK: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Counts the filled slots: int64 (rows, columns)."""
     cell_TK = row_T.astype(np.int64)[:, None] * (columns + 1) + expert_TK
     count = np.bincount(cell_TK.ravel(), minlength=rows * (columns + 1))

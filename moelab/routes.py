@@ -16,8 +16,9 @@ import numpy as np
 
 import moelab
 from moelab import config as configs
-from moelab import data, diagnostics, evaluate, routers
+from moelab import data, diagnostics, evaluate, routers, schema
 from moelab import model as model_lib
+from moelab.data.quality import buckets
 from moelab.errors import UserError
 from moelab.quant import recipes
 from moelab.router import Router
@@ -74,7 +75,8 @@ def record(
 
     A token is an input of the model; its document is that of the target after it. The header says where the trace comes
     from: moelab, run, config_sha256, step, precision, split, dataset_sha256, tokenizer_sha256, router, slots, columns
-    (`computed` or `chosen`), leak, and per MoE layer dropped_share and logit_norm.
+    (`computed` or `chosen`), leak, per MoE layer dropped_share and logit_norm, and of training text with labels or
+    scores quality (by, names, of_document).
 
     Args:
       workdir: the run directory.
@@ -264,6 +266,9 @@ def _trace(opened: _Opened, found: _Pass, weights: bool, before_capacity: bool) 
         "dropped_share": found.dropped_M.tolist(),
         "logit_norm": found.logit_norm_M.tolist(),
     }
+    text = _text(opened.batches)
+    quality = _quality(loaded.dataset, opened.split, text["document_T"])
+    header |= {"quality": quality} if quality else {}
     return Trace(
         expert_MTK=found.column_MTK,
         weight_MTK=found.weight_MTK if weights else None,
@@ -272,8 +277,20 @@ def _trace(opened: _Opened, found: _Pass, weights: bool, before_capacity: bool) 
         num_experts=router.num_experts,
         num_columns=router.num_columns,
         header=header,
-        **_text(opened.batches),
+        **text,
     )
+
+
+def _quality(dataset, split: str, document_T: np.ndarray) -> dict[str, Any] | None:
+    """The header's quality buckets of the documents, where the text has any: labels, else the first filter's scores."""
+    table = dataset.quality
+    if split != "train" or table is None:
+        return None
+    by = buckets.LABEL if len(table.kinds) > 1 else table.filters[0].partition(" ")[0]
+    names, bucket_N = buckets.divide(dataset, by, schema.Mixture().num_buckets)
+    documents = np.unique(document_T).tolist()
+    of_document = {str(number): int(bucket_N[number]) for number in documents}
+    return {"by": by, "names": list(names), "of_document": of_document}
 
 
 def _check(opened: _Opened, trace: Trace) -> None:

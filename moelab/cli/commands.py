@@ -171,7 +171,10 @@ def _routes(routes) -> None:
     )
     words.takes_run(record)
     record.add_argument(
-        "--split", choices=("test", "validation"), default="test", help="which documents (test)"
+        "--split",
+        choices=("test", "validation", "train"),
+        default="test",
+        help="which documents (test); labels of quality are in train alone",
     )
     record.add_argument("--out", metavar="FILE", default="", help="FILE.npz (RUN/routes.npz)")
     record.add_argument("--weights", action="store_true", help="keep the combine weights too")

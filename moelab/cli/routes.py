@@ -100,7 +100,8 @@ def show(args: argparse.Namespace) -> int:
     found = trace.load(args.trace)
     rows = reported.summary(found)
     if args.json:
-        output.print_json({"header": found.header, "rows": rows})
+        buckets = {"quality": buckets} if (buckets := reported.quality(found)) else {}
+        output.print_json({"header": found.header, "rows": rows} | buckets)
         return 0
     table = reported.table(rows, "")
     output.print_table(table.columns, [[cell.line for cell in row] for row in table.rows])
@@ -112,8 +113,37 @@ def show(args: argparse.Namespace) -> int:
             for e in range(found.num_experts)
         ],
     )
+    _print_quality(reported.quality(found), [row["layer"] for row in rows])
     output.note(reported.origin(found))
     return 0
+
+
+def _print_quality(buckets: list[dict], layers: list[int]) -> None:
+    """Prints how much of each quality bucket there is, and which experts have more of it than their part."""
+    if not buckets:
+        return
+    print()
+    output.print_table(
+        ("quality bucket", "documents", "tokens", *(f"load, block {layer}" for layer in layers)),
+        [
+            (
+                row["bucket"],
+                row["documents"],
+                row["tokens"],
+                *(fmt.percent(s, 2) for s in row["share"]),
+            )
+            for row in buckets
+        ],
+    )
+    for number, layer in enumerate(layers):
+        print()
+        output.print_table(
+            (f"block {layer}: share over chance", *(row["bucket"] for row in buckets)),
+            [
+                (f"expert {e}", *(fmt.fixed(row["ratio"][number][e], 2) for row in buckets))
+                for e in range(len(buckets[0]["ratio"][number]))
+            ],
+        )
 
 
 def place(args: argparse.Namespace) -> int:

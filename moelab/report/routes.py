@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moelab import diagnostics, metrics, placement, trace
+from moelab import diagnostics, metrics, placement, segregation, trace
 from moelab.report import formatting as fmt
 from moelab.report.tables import Cell, Table
 
@@ -91,14 +91,15 @@ def summary(found: trace.Trace, pairs: int = 3, permutations: int = PERMUTATIONS
       One dict per layer: layer; load (shares of the computing experts), max_violation, entropy, dead_experts;
       idle_share (assignments to experts without computation), unused_share (slots without expert); dropped_share and
       logit_norm where the header has them; mutual_information, its null_mean, null_q95 and p_value and that of the
-      oracle router (nats; None where there are not two domains); pairs, the columns that serve the same tokens most
-      often beyond chance: (columns, share of tokens, ratio to independent choices).
+      oracle router (nats; None where there are not two domains); quality_information of expert and quality bucket
+      within domains, quality_null_q95 and quality_p_value (None without buckets); pairs, the columns that serve the
+      same tokens most often beyond chance: (columns, share of tokens, ratio to independent choices).
     """
     load_ME = placement.expert_load(found)
     filled_M = (found.expert_MTK < found.num_columns).sum((1, 2))
     share_MCC = diagnostics.co_activation(found)
     ratio_MCC = diagnostics.independence_ratio(share_MCC)
-    domains = _specialisation(found, permutations)
+    domains = _specialisation(found, permutations) + _quality(found, permutations)
     rows = []
     for m, layer in enumerate(found.layers):
         computed = load_ME[m].sum()
@@ -132,6 +133,50 @@ def _specialisation(found: trace.Trace, permutations: int) -> list[tuple[str, An
     return list(zip(keys, (*values, diagnostics.oracle_information(found)), strict=True))
 
 
+def _quality(found: trace.Trace, permutations: int) -> list[tuple[str, Any]]:
+    keys = ("quality_information", "quality_null_q95", "quality_p_value")
+    given = segregation.specialisation(found, permutations)
+    values = (given.mi_M, given.null_q95_M, given.p_value_M) if given else (None,) * 3
+    return list(zip(keys, values, strict=True))
+
+
+def quality(found: trace.Trace) -> list[dict[str, Any]]:
+    """Says how much of each quality bucket every expert gets.
+
+    Returns:
+      One dict per bucket that occurs, [] where the text has none: bucket, documents, tokens, share (of the assignments
+      to computing experts, per layer), ratio (per layer and expert: the bucket's share of the expert's assignments over
+      its share of all; None for an expert without any).
+    """
+    given = segregation.bucket_of(found)
+    if given is None:
+        return []
+    names, bucket_T = given
+    load_MQE = segregation.load(found)[:, :, : found.num_experts].astype(np.float64)
+    total_MQ, total_ME = load_MQE.sum(2), load_MQE.sum(1)
+    rows = []
+    for q, name in enumerate(names):
+        here_T = bucket_T == q
+        if not here_T.any():
+            continue
+        share_M = total_MQ[:, q] / np.maximum(total_MQ.sum(1), 1)
+        expert_ME = load_MQE[:, q] / np.maximum(total_ME, 1)
+        ratio_ME = expert_ME / np.where(share_M > 0, share_M, 1)[:, None]
+        rows.append(
+            {
+                "bucket": name,
+                "documents": len(np.unique(found.document_T[here_T])),
+                "tokens": int(here_T.sum()),
+                "share": share_M.tolist(),
+                "ratio": [
+                    [ratio if total else None for ratio, total in zip(r_E, t_E, strict=True)]
+                    for r_E, t_E in zip(ratio_ME.tolist(), total_ME.tolist(), strict=True)
+                ],
+            }
+        )
+    return rows
+
+
 def _top_pairs(share_CC: np.ndarray, ratio_CC: np.ndarray, count: int) -> list[dict[str, Any]]:
     first_P, second_P = np.triu_indices(len(share_CC), 1)
     share_P, ratio_P = share_CC[first_P, second_P], ratio_CC[first_P, second_P]
@@ -161,6 +206,9 @@ _COLUMNS = (  # heading, key, digits after the point; None: a percentage
     ("95 % of the null", "null_q95", 4),
     ("p", "p_value", 3),
     ("of the oracle's", "oracle_share", None),
+    ("quality information in a domain [nats]", "quality_information", 4),
+    ("95 % of its null", "quality_null_q95", 4),
+    ("p of it", "quality_p_value", 3),
 )
 _ALWAYS = ("dead_experts", "dropped_share")  # 0 is news
 

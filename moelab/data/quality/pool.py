@@ -25,6 +25,7 @@ class Pool:
       source: as sources.open_source made it.
       injectors: in the order in which they apply.
       tokenizer: the dataset's, trained on the clean training split.
+      progress: called with (what is done, documents so far, documents in all or 0).
       alive_N: bool, the training documents that no filter has removed; None: all.
     """
 
@@ -34,10 +35,10 @@ class Pool:
         self.source, self.tokenizer = source, tokenizer
         self.alive_N: np.ndarray | None = None
         self.injectors = tuple(injectors)
-        self._progress = progress or (lambda text, done, total: None)
+        self.progress = progress or (lambda text, done, total: None)
         self._fitted: list[Any] = []
         for number, injector in enumerate(self.injectors):
-            self._progress(f"injecting {injector.kind}", 0, 0)
+            self.progress(f"injecting {injector.kind}", 0, 0)
             self._fitted.append(injector.fit(self, lambda number=number: self._training(number)))
 
     def training(self) -> Iterator[Labelled]:
@@ -95,7 +96,7 @@ class Pool:
         stream = self.documents() if documents is None else documents
         for result in workers.map_chunks(function, stream):
             done += len(result)
-            self._progress(what, done, total)
+            self.progress(what, done, total)
             yield result
 
 
