@@ -14,8 +14,9 @@ from moelab.quant import linear
 from moelab.routing import Routing
 from pallas_kernels.grouped_matmul import dispatch
 
-# gate_up and down; packed ones may come with input_scale (D,), which multiplies the rows before gate_up, and with the
-# calibrated maxima gate_up_amax and down_amax (E,) of static activation scales.
+# gate_up and down, and gate_up_bias (E, 2F) and down_bias (E, D) where a model has them; packed ones may come with
+# input_scale (D,), which multiplies the rows before gate_up, and with the calibrated maxima gate_up_amax and down_amax
+# (E,) of static activation scales.
 Weights = dict[str, jax.Array]
 
 
@@ -64,6 +65,7 @@ def apply(
     routing: Routing,
     *,
     assignments_per_token: int | None,
+    activation: pallas_kernels.SwiGLU = pallas_kernels.SWIGLU,
     precision: pallas_kernels.MlpPrecision | None = None,
     key: jax.Array | None = None,
     implementation: str | None = None,
@@ -73,10 +75,11 @@ def apply(
     y[t] = sum over assignments n of token t of weight[n] * expert[n](x[t])
 
     Args:
-      weights: gate_up (E, 2F, D) and down (E, D, F), plain arrays or `BlockScaled`.
+      weights: gate_up (E, 2F, D) and down (E, D, F), plain arrays or `BlockScaled`; see `Weights`.
       x_TD: (T, D), the dtype of the computation.
       routing: local to the device.
       assignments_per_token: K where the routing is token choice (N = T*K in token-major order), else None.
+      activation: between the layers.
       precision: formats of the expert matmuls; None computes in the dtype of x.
       key: for stochastic rounding of gradients.
       implementation: grouped matmul backend; None picks.
@@ -94,7 +97,9 @@ def apply(
         cast(weights["down"], x_TD.dtype, precision),
         assignments_per_token=assignments_per_token,
         precision=precision,
-        x_amax=_maxima(weights),
+        x_amax=_pair(weights, "amax"),
+        bias=_pair(weights, "bias"),
+        activation=activation,
         key=key,
         implementation=implementation,
     )
@@ -108,6 +113,7 @@ def apply_parallel(
     assignments_per_token: int | None,
     axis: str,
     receive_factor: float,
+    activation: pallas_kernels.SwiGLU = pallas_kernels.SWIGLU,
     precision: pallas_kernels.MlpPrecision | None = None,
     key: jax.Array | None = None,
     implementation: str | None = None,
@@ -116,7 +122,8 @@ def apply_parallel(
 
     Args:
       weights: of this device's experts alone, the E / P that follow those of the device before.
-      x_TD, routing, assignments_per_token, precision, key, implementation: as in `apply`; experts by global number.
+      x_TD, routing, assignments_per_token, activation, precision, key, implementation: as in `apply`; experts by global
+        number.
       axis: mesh axis.
       receive_factor: rows that a device makes room for, over the N assignments of its own; 0: all that can come.
 
@@ -139,7 +146,9 @@ def apply_parallel(
         cast(weights["down"], x_TD.dtype, precision),
         swap.sizes_S,
         precision=precision,
-        x_amax=_maxima(weights),
+        x_amax=_pair(weights, "amax"),
+        bias=_pair(weights, "bias"),
+        activation=activation,
         key=key,
         implementation=implementation,
     )
@@ -155,5 +164,5 @@ def _scaled(x_TD: jax.Array, weights: Weights) -> jax.Array:
     return (x_TD * weights["input_scale"][None]).astype(x_TD.dtype)
 
 
-def _maxima(weights: Weights) -> tuple[jax.Array | None, jax.Array | None]:
-    return tuple(weights.get(name) for name in ("gate_up_amax", "down_amax"))
+def _pair(weights: Weights, name: str) -> tuple[jax.Array | None, jax.Array | None]:
+    return tuple(weights.get(f"{layer}_{name}") for layer in ("gate_up", "down"))

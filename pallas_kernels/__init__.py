@@ -6,9 +6,12 @@
 
 from pallas_kernels.grouped_matmul import (
     BACKENDS,
+    GPT_OSS,
     IMPLEMENTATIONS,
+    SWIGLU,
     MatmulPrecision,
     MlpPrecision,
+    SwiGLU,
     expert_mlp,
     grouped_matmul,
     quantized_grouped_matmul,
@@ -18,9 +21,12 @@ from pallas_kernels.grouped_matmul import (
 
 __all__ = [
     "BACKENDS",
+    "GPT_OSS",
     "IMPLEMENTATIONS",
     "MatmulPrecision",
     "MlpPrecision",
+    "SWIGLU",
+    "SwiGLU",
     "expert_mlp",
     "grouped_matmul",
     "quantized_grouped_matmul",

@@ -70,17 +70,20 @@ def unpack(
 
 
 def for_device(quantized: Mapping[str, Any], activations: str | None) -> dict:
-    """Returns packed experts with their scales as the kernels of this device read them: once, when they are loaded.
+    """Returns packed experts as this device's kernels read them, once, when loaded: scales arranged, widths padded.
 
     Args:
       quantized: from `pack`.
       activations: the format of the experts' activations; None for bfloat16.
     """
-    return jax.tree.map(
-        lambda leaf: choice.for_device(leaf, activations) if _is_packed(leaf) else leaf,
-        quantized,
-        is_leaf=_is_packed,
-    )
+
+    def loaded(path, leaf):
+        if not _is_packed(leaf):
+            return leaf
+        parts = 2 if _name(path[-1]) == "gate_up" else 1
+        return choice.for_device(leaf, activations, parts=parts)
+
+    return jax.tree_util.tree_map_with_path(loaded, quantized, is_leaf=_is_packed)
 
 
 _dequantize = jax.jit(formats.dequantize)

@@ -3,6 +3,7 @@
 `reference.py` defines the numerics; every other backend is compared with it.
 """
 
+from pallas_kernels.grouped_matmul.activation import GPT_OSS, SWIGLU, SwiGLU
 from pallas_kernels.grouped_matmul.api import (
     expert_mlp,
     grouped_matmul,
@@ -15,9 +16,12 @@ from pallas_kernels.grouped_matmul.precision import MatmulPrecision, MlpPrecisio
 
 __all__ = [
     "BACKENDS",
+    "GPT_OSS",
     "IMPLEMENTATIONS",
     "MatmulPrecision",
     "MlpPrecision",
+    "SWIGLU",
+    "SwiGLU",
     "expert_mlp",
     "grouped_matmul",
     "quantized_grouped_matmul",

@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import dense, operands, quantized
+from pallas_kernels.grouped_matmul import dense, loading, operands, quantized
+from pallas_kernels.grouped_matmul.activation import SWIGLU, SwiGLU
 from pallas_kernels.grouped_matmul.choice import choose, choose_both
+from pallas_kernels.grouped_matmul.loading import Padded
 from pallas_kernels.grouped_matmul.precision import (
     PLAIN,
+    Bias,
     MatmulPrecision,
     MlpPrecision,
     Weight,
@@ -26,7 +29,7 @@ _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 def grouped_matmul(
     x_TK: jax.Array,
-    w_ENK: jax.Array,
+    w_ENK: Weight | Padded,
     group_sizes_E: jax.Array,
     *,
     bias_EN: jax.Array | None = None,
@@ -47,7 +50,7 @@ def grouped_matmul(
 
     Args:
       x_TK: (T, K) float32, bfloat16 or float16.
-      w_ENK: (E, N, K) float; output axis before input axis, as in checkpoints.
+      w_ENK: (E, N, K) float, `BlockScaled` or `loading.Padded`; output axis before input axis, as in checkpoints.
       group_sizes_E: (E,) integers >= 0, rows per expert. Rows beyond their sum give zeros and get zero gradients. A
         sum above T is refused where the values are known; traced, group ends are min(cumsum, T).
       bias_EN: (E, N) float, added after the row scale.
@@ -62,6 +65,12 @@ def grouped_matmul(
       ValueError: shapes, dtypes or group sizes that do not fit; an unknown implementation.
       NotImplementedError: the named implementation cannot compute this.
     """
+    if isinstance(w_ENK, Padded):
+        options = dict(row_scale_T=row_scale_T, out_dtype=out_dtype, implementation=implementation)
+        bias_EN, x_TK = w_ENK.extended_bias(bias_EN), w_ENK.extended(x_TK)
+        return w_ENK.cut(
+            grouped_matmul(x_TK, w_ENK.value, group_sizes_E, bias_EN=bias_EN, **options)
+        )
     sizes_E = _check(x_TK, w_ENK, group_sizes_E)
     num_experts, width, _ = w_ENK.shape
     _check_shape("bias_EN", bias_EN, (num_experts, width), "(E, N)")
@@ -76,7 +85,7 @@ def grouped_matmul(
 
 def quantized_grouped_matmul(
     x_TK: jax.Array,
-    w_ENK: Weight,
+    w_ENK: Weight | Padded,
     group_sizes_E: jax.Array,
     precision: MatmulPrecision,
     *,
@@ -106,6 +115,12 @@ def quantized_grouped_matmul(
         is missing.
       NotImplementedError: the named implementation cannot compute this.
     """
+    if isinstance(w_ENK, Padded):
+        options = dict(x_amax_E=x_amax_E, key=key, out_dtype=out_dtype)
+        operands_ = (w_ENK.extended(x_TK), w_ENK.value, group_sizes_E, precision)
+        return w_ENK.cut(
+            quantized_grouped_matmul(*operands_, implementation=implementation, **options)
+        )
     sizes_E = _check(x_TK, w_ENK, group_sizes_E)
     check_precision(both(precision), w_ENK, w_ENK)
     check_extras(both(precision), key, (x_amax_E, x_amax_E), w_ENK.shape[0])
@@ -150,28 +165,32 @@ def quantized_matmul(
 
 def expert_mlp(
     x_ND: jax.Array,
-    gate_up_EGD: Weight,
-    down_EDF: Weight,
+    gate_up_EGD: Weight | Padded,
+    down_EDF: Weight | Padded,
     group_sizes_E: jax.Array,
     *,
+    activation: SwiGLU = SWIGLU,
+    bias: Bias = (None, None),
     precision: MatmulPrecision | MlpPrecision | None = None,
     x_amax: tuple[jax.Array | None, jax.Array | None] = (None, None),
     key: jax.Array | None = None,
     out_dtype: jnp.dtype | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Applies each expert's SwiGLU feed-forward to its rows.
+    """Applies each expert's gated feed-forward to its rows.
 
-        y[n] = down[e(n)] (silu(gate) * up),    [gate, up] = gate_up[e(n)] x[n]
+        y[n] = down[e(n)] act([gate, up]) + b2[e(n)],    [gate, up] = gate_up[e(n)] x[n] + b1[e(n)]
 
-    Defined by its unfused composition of (quantized) grouped matmuls: the hidden layer in float32, its product cast
-    to the dtype of x.
+    act is silu(gate) * up, or what another `activation` says. Defined by its unfused composition of (quantized) grouped
+    matmuls: the hidden layer in float32, what the activation makes of it cast to the dtype of x.
 
     Args:
       x_ND: (N, D) float, rows sorted by expert.
-      gate_up_EGD: (E, 2F, D) float or `BlockScaled`; rows :F are the gate's, F: the up projection's.
+      gate_up_EGD: (E, 2F, D) float, `BlockScaled` or `loading.Padded`; rows :F are the gate's, F: the up projection's.
       down_EDF: (E, D, F) likewise.
       group_sizes_E: as in `grouped_matmul`.
+      activation: `GPT_OSS` for gpt-oss.
+      bias: (E, 2F) float of gate and up, and (E, D) of down; None for none.
       precision: formats of the operands, of both layers or of each; None is plain float.
       x_amax: for x_scale "static": (E,) float32 of the rows that enter gate and up, and down.
       key: PRNG key, for stochastic rounding of gradients.
@@ -186,21 +205,26 @@ def expert_mlp(
 
     Reference: SwiGLU, arXiv:2002.05202.
     """
-    sizes_E = _check(x_ND, gate_up_EGD, group_sizes_E)
-    check_feed_forward(x_ND, gate_up_EGD, down_EDF)
+    sizes_E, width = _check(x_ND, gate_up_EGD, group_sizes_E), x_ND.shape[1]
+    check_feed_forward(x_ND, gate_up_EGD, down_EDF, bias)
+    gate_up, down, bias = loading.as_multiplied(gate_up_EGD, down_EDF, bias)
+    x_ND = loading.widened(x_ND, gate_up.shape[2])
     precision = both(precision)
-    check_precision(precision, gate_up_EGD, down_EDF)
-    check_extras(precision, key, x_amax, gate_up_EGD.shape[0])
+    check_precision(precision, gate_up, down)
+    check_extras(precision, key, x_amax, gate_up.shape[0])
     out_dtype = _out_dtype(out_dtype, x_ND)
-    module, layers = choose_both(implementation, x_ND, gate_up_EGD, down_EDF, precision)
-    extras = dict(x_amax=x_amax, key=key, kernels=layers)
-    return quantized.expert_mlp(
-        module, x_ND, gate_up_EGD, down_EDF, sizes_E, precision, out_dtype, **extras
+    module, layers = choose_both(implementation, x_ND, gate_up, down, precision)
+    extras = dict(x_amax=x_amax, key=key, kernels=layers, activation=activation, bias=bias)
+    y_ND = quantized.expert_mlp(
+        module, x_ND, gate_up, down, sizes_E, precision, out_dtype, **extras
     )
+    return y_ND[:, :width]
 
 
-def check_feed_forward(x_ND: jax.Array, gate_up: Weight, down: Weight) -> None:
-    """Raises ValueError unless x, gate_up and down are a feed-forward: dtypes and shapes fit."""
+def check_feed_forward(
+    x_ND: jax.Array, gate_up: Weight | Padded, down: Weight | Padded, bias: Bias
+) -> None:
+    """Raises ValueError unless x, gate_up, down and biases are a feed-forward: dtypes and shapes fit."""
     _check_operands(x_ND, gate_up)
     num_experts, hidden, width = gate_up.shape
     if hidden % 2 or down.shape != (num_experts, width, hidden // 2):
@@ -208,6 +232,14 @@ def check_feed_forward(x_ND: jax.Array, gate_up: Weight, down: Weight) -> None:
             f"gate_up must be (E, 2F, D) and down (E, D, F), got {gate_up.shape} and {down.shape}"
         )
     _check_float("down", down)
+    shapes = {
+        "gate_up": ((num_experts, hidden), "(E, 2F)"),
+        "down": ((num_experts, width), "(E, D)"),
+    }
+    for b, (name, (shape, axes)) in zip(bias, shapes.items(), strict=True):
+        _check_shape(f"bias of {name}", b, shape, axes)
+        if b is not None:
+            _check_float(f"bias of {name}", b)
 
 
 def _check(x_TK, w_ENK, group_sizes_E) -> jax.Array:
@@ -242,7 +274,8 @@ def _check_operands(x_TK, w_ENK) -> None:
     _check_float("w", w_ENK)
 
 
-def _check_float(name: str, a: Weight) -> None:
+def _check_float(name: str, a: Weight | Padded) -> None:
+    a = a.value if isinstance(a, Padded) else a
     if not isinstance(a, formats.BlockScaled) and a.dtype not in _FLOATS:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {a.dtype}")
 

@@ -5,13 +5,22 @@ T rows sorted by expert, K contraction axis, N output axis, E experts, D model w
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import types
 from typing import NamedTuple
 
 import jax
 
 from pallas_kernels import device, formats
-from pallas_kernels.grouped_matmul import kernels, quantized, ragged_dot, reference, xla_windows
+from pallas_kernels.grouped_matmul import (
+    kernels,
+    loading,
+    quantized,
+    ragged_dot,
+    reference,
+    xla_windows,
+)
 from pallas_kernels.grouped_matmul.kernels import Kernel
 from pallas_kernels.grouped_matmul.precision import PLAIN, MatmulPrecision, MlpPrecision, Weight
 
@@ -108,18 +117,42 @@ def table(here: device.Device) -> dict[str, str]:
     return found
 
 
+# Of an axis after padding to before: beyond it, the memory is not worth a kernel.
+_MOST_PADDING = 1.5
+
+
 def for_device(
-    w: formats.BlockScaled, activations: str | None, here: device.Device | None = None
-) -> formats.BlockScaled:
-    """Returns packed weights with their scales as the kernel that will read them does: once, when weights are loaded.
+    w: formats.BlockScaled,
+    activations: str | None,
+    here: device.Device | None = None,
+    *,
+    parts: int = 1,
+) -> formats.BlockScaled | loading.Padded:
+    """Returns packed weights as the kernel that will multiply them reads them: once, when weights are loaded.
+
+    Their scales are arranged for it. Widths that no kernel takes are padded with zeros where that makes neither half as
+    large again (2880 of gpt-oss to 3072), both axes alike, so that gate, up and down of one model still fit.
 
     Args:
       w: (..., E, N, K).
       activations: the format that activations are quantized to; None for bfloat16.
       here: None: the current device.
+      parts: of N that are padded each: 2 for gate and up.
     """
     if w.ndim < 3:
         return formats.arranged(w, "linear")
-    problem = kernels.Problem(1, *w.shape[-3:], activations or "bfloat16", w.format)
-    kernel = kernels.choose(problem, device.current() if here is None else here)
-    return formats.arranged(w, kernel.layout if kernel else "linear")
+    here = device.current() if here is None else here
+    for kernel in kernels.KERNELS.values():
+        multiple = math.lcm(kernel.inputs_multiple, kernel.outputs_multiple)
+        sizes = w.shape[-2] // parts, w.shape[-1]
+        wide = [-(-size // multiple) * multiple for size in sizes]
+        exact = kernels.Problem(1, *w.shape[-3:], activations or "bfloat16", w.format)
+        larger = dataclasses.replace(exact, outputs=parts * wide[0], inputs=wide[1])
+        if kernel.unsupported(larger, here):
+            continue
+        arranged = formats.arranged(w, kernel.layout)
+        if all(new <= _MOST_PADDING * size for size, new in zip(sizes, wide, strict=True)):
+            return loading.padded(arranged, larger.outputs, larger.inputs, parts)
+        if not kernel.unsupported(exact, here):
+            return arranged
+    return formats.arranged(w, "linear")

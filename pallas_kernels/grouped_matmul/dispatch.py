@@ -22,11 +22,20 @@ from pallas_kernels.grouped_matmul import (
     choice,
     expert_windows,
     fused_experts,
+    loading,
     quantized,
     windows,
     xla_windows,
 )
-from pallas_kernels.grouped_matmul.precision import MatmulPrecision, MlpPrecision, Weight, both
+from pallas_kernels.grouped_matmul.activation import SWIGLU, SwiGLU
+from pallas_kernels.grouped_matmul.loading import Padded
+from pallas_kernels.grouped_matmul.precision import (
+    Bias,
+    MatmulPrecision,
+    MlpPrecision,
+    Weight,
+    both,
+)
 
 _INT32_MAX = 2**31 - 1
 
@@ -64,10 +73,12 @@ def routed_expert_mlp(
     token_N: jax.Array,
     expert_N: jax.Array,
     weight_N: jax.Array,
-    gate_up_EGD: Weight,
-    down_EDF: Weight,
+    gate_up_EGD: Weight | Padded,
+    down_EDF: Weight | Padded,
     *,
     assignments_per_token: int | None,
+    activation: SwiGLU = SWIGLU,
+    bias: Bias = (None, None),
     precision: MatmulPrecision | MlpPrecision | None = None,
     x_amax: tuple[jax.Array | None, jax.Array | None] = (None, None),
     key: jax.Array | None = None,
@@ -82,70 +93,76 @@ def routed_expert_mlp(
       token_N: (N,) integers in 0..T-1.
       expert_N: (N,) integers in 0..E; E means no expert, whatever its weight.
       weight_N: (N,) float factors.
-      gate_up_EGD: (E, 2F, D), gate rows first; float or `BlockScaled`.
+      gate_up_EGD: (E, 2F, D), gate rows first; float, `BlockScaled` or `loading.Padded`.
       down_EDF: (E, D, F) likewise.
       assignments_per_token: K where token_N is 0,..,0,1,..,1,.. with K of each (faster), else None.
-      precision, x_amax, key: as in `expert_mlp`.
+      activation, bias, precision, x_amax, key: as in `expert_mlp`.
       implementation: as in `grouped_matmul`.
 
     Returns:
-      y_TD: (T, D) in the dtype of x; differentiable in x, weight and plain expert weights.
+      y_TD: (T, D) in the dtype of x; differentiable in x, weight, biases and plain expert weights.
 
     Raises:
       ValueError: shapes, dtypes or indices that do not fit (indices are checked where their values are known).
       NotImplementedError: the named implementation cannot compute this.
     """
-    api.check_feed_forward(x_TD, gate_up_EGD, down_EDF)
-    precision = both(precision)
-    api.check_precision(precision, gate_up_EGD, down_EDF)
-    api.check_extras(precision, key, x_amax, gate_up_EGD.shape[0])
-    rows = jax.ShapeDtypeStruct((token_N.shape[0], x_TD.shape[1]), x_TD.dtype)
-    backend, layers = choice.choose_both(implementation, rows, gate_up_EGD, down_EDF, precision)
-    num_experts = gate_up_EGD.shape[0]
+    api.check_feed_forward(x_TD, gate_up_EGD, down_EDF, bias)
+    gate_up, down, bias = loading.as_multiplied(gate_up_EGD, down_EDF, bias)
+    precision, num_experts = both(precision), gate_up.shape[0]
+    api.check_precision(precision, gate_up, down)
+    api.check_extras(precision, key, x_amax, num_experts)
+    rows = jax.ShapeDtypeStruct((token_N.shape[0], gate_up.shape[2]), x_TD.dtype)
+    backend, layers = choice.choose_both(implementation, rows, gate_up, down, precision)
     _check_assignments(x_TD, token_N, expert_N, weight_N, num_experts, assignments_per_token)
     if not x_TD.shape[0] or not token_N.shape[0]:
         return jnp.zeros_like(x_TD)
-    x_TD, token_N, expert_N, weight_N, gate_up, down, x_amax = windows.vary_alike(
-        x_TD, token_N, expert_N, weight_N, gate_up_EGD, down_EDF, x_amax
+    tokens, width = x_TD.shape
+    x_TD, token_N, expert_N, weight_N, gate_up, down, bias, x_amax = windows.vary_alike(
+        *(x_TD, token_N, expert_N, weight_N, gate_up, down, bias, x_amax)
     )
-    weight_N = weight_N.astype(jnp.float32)
-    tokens = x_TD.shape[0]
+    x_TD, weight_N = loading.widened(x_TD, gate_up.shape[2]), weight_N.astype(jnp.float32)
     plan = make_plan(token_N, expert_N, tokens, num_experts, assignments_per_token)
-    if backend is xla_windows and layers == (None, None) and quantized.fuses(precision):
+    in_one_loop = quantized.fuses(precision) and xla_windows.fuses(activation, bias)
+    if backend is xla_windows and layers == (None, None) and in_one_loop:
         gate_up = quantized.fake_weights(gate_up, precision.gate_up)
         down = quantized.fake_weights(down, precision.down)
-        return _fused(x_TD, weight_N, gate_up, down, plan)
+        return _fused(x_TD, weight_N, gate_up, down, plan)[:, :width]
 
-    def unfused(x_TD, weight_N, gate_up, down, x_amax, plan):
+    def unfused(x_TD, weight_N, bias, gate_up, down, x_amax, plan):
         x_ND = dispatch(x_TD, plan)
         sizes_E, dtype = plan.group_sizes_E, jnp.dtype(jnp.float32)
-        extras = dict(x_amax=x_amax, key=key, kernels=layers)
+        extras = dict(x_amax=x_amax, key=key, kernels=layers, activation=activation, bias=bias)
         y_ND = quantized.expert_mlp(
             backend, x_ND, gate_up, down, sizes_E, precision, dtype, **extras
         )
         return combine(y_ND, weight_N, plan, tokens).astype(x_TD.dtype)
 
+    arguments = (x_TD, weight_N, bias, gate_up, down, x_amax, plan)
     if fused_experts.fits(gate_up, down, precision, layers):
-        return _in_kernels(x_TD, weight_N, gate_up, down, x_amax, plan, unfused, precision)
-    return unfused(x_TD, weight_N, gate_up, down, x_amax, plan)
+        return _in_kernels(*arguments, unfused, precision, activation)[:, :width]
+    return unfused(*arguments)[:, :width]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _in_kernels(x_TD, weight_N, gate_up, down, x_amax, plan, unfused, precision):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _in_kernels(x_TD, weight_N, bias, gate_up, down, x_amax, plan, unfused, precision, activation):
     """Packed experts in fused kernels; the gradient is that of the unfused composition."""
-    sorted_N = weight_N[plan.assignment_N]
-    arguments = (x_TD, plan.token_N, sorted_N, gate_up, down, plan.group_sizes_E, precision, x_amax)
-    y_ND = fused_experts.rows(*arguments)
-    return _sum_slots(y_ND, None, plan, x_TD.shape[0]).astype(x_TD.dtype)
+    # A kernel multiplies sums with weights, and adds a bias to them: with one, weights come after it.
+    folded = bias[1] is None
+    sorted_N = weight_N[plan.assignment_N] if folded else None
+    operands = (x_TD, plan.token_N, sorted_N, gate_up, down, plan.group_sizes_E)
+    y_ND = fused_experts.rows(*operands, precision, x_amax, activation, bias)
+    weight_N = None if folded else weight_N
+    return _sum_slots(y_ND, weight_N, plan, x_TD.shape[0]).astype(x_TD.dtype)
 
 
 def _in_kernels_forward(*arguments):
-    return _in_kernels(*arguments), arguments[:6]
+    return _in_kernels(*arguments), arguments[:7]
 
 
-def _in_kernels_backward(unfused, precision, residuals, dy_TD):
-    x_TD, weight_N, *rest = residuals
-    _, back = jax.vjp(lambda x, weight: unfused(x, weight, *rest), x_TD, weight_N)
+def _in_kernels_backward(unfused, precision, activation, residuals, dy_TD):
+    *differentiable, gate_up, down, x_amax, plan = residuals
+    frozen = (gate_up, down, x_amax, plan)
+    _, back = jax.vjp(lambda *arguments: unfused(*arguments, *frozen), *differentiable)
     return *back(dy_TD), None, None, None, None
 
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import device, formats, private_shard_map
 from pallas_kernels.grouped_matmul import kernels, operands
-from pallas_kernels.grouped_matmul.precision import MlpPrecision, Weight
+from pallas_kernels.grouped_matmul.activation import SwiGLU
+from pallas_kernels.grouped_matmul.precision import Bias, MlpPrecision, Weight
 
 _SCALES = ("per_token", "static")
 _F_MULTIPLE = 128
@@ -46,23 +47,29 @@ def rows(
     group_sizes_E: jax.Array,
     precision: MlpPrecision,
     x_amax: tuple[jax.Array | None, jax.Array | None],
+    activation: SwiGLU,
+    bias: Bias,
 ) -> jax.Array:
-    """y[n] = weight[n] * down[e(n)](quantize(silu(gate) * up)) of token[n]: float32 (N, D), zero beyond the groups.
+    """y[n] = weight[n] * down[e(n)](quantize(act([gate, up]))) of token[n]: float32 (N, D), zero beyond the groups.
 
     Args:
       x_TD: tokens.
-      token_N, weight_N: of the assignments, in sorted order.
+      token_N, weight_N: of the assignments, in sorted order; no weights with a bias of down, which they would miss.
       gate_up, down: packed.
       group_sizes_E: int32.
       precision: `fits`.
       x_amax: calibrated maxima, (E,) each, where scales are static.
+      activation: between the layers.
+      bias: (E, 2F) of gate and up, (E, D) of down, or None.
     """
-    call = functools.partial(_kernels, precision, device.current())
-    arguments = (x_TD, token_N, weight_N, gate_up, down, group_sizes_E, x_amax)
+    call = functools.partial(_kernels, precision, activation, device.current())
+    arguments = (x_TD, token_N, weight_N, gate_up, down, group_sizes_E, x_amax, bias)
     return private_shard_map.hidden(call, *arguments)
 
 
-def _kernels(precision, here, x_TD, token_N, weight_N, gate_up, down, sizes_E, x_amax):
+def _kernels(
+    precision, activation, here, x_TD, token_N, weight_N, gate_up, down, sizes_E, x_amax, bias
+):
     from pallas_kernels.grouped_matmul import mosaic_sm100_mlp
 
     f32 = jnp.dtype(jnp.float32)
@@ -71,6 +78,8 @@ def _kernels(precision, here, x_TD, token_N, weight_N, gate_up, down, sizes_E, x
     swiglu = dict(
         expert_scale_E=_expert_scale(gate_up),
         row_scale_T=formats.global_scale(x),
+        bias_EG=bias[0],
+        activation=activation,
         tiling=mosaic_sm100_mlp.default_tiling(gate_up.format),
         **shared,
     )
@@ -85,13 +94,16 @@ def _kernels(precision, here, x_TD, token_N, weight_N, gate_up, down, sizes_E, x
             x, gate_up, sizes_E, out_dtype=jnp.dtype(jnp.bfloat16), **swiglu
         )
         act = _quantized(act_NF, None, after, sizes_E, None)
-    scale_N = weight_N if act.global_amax is None else formats.global_scale(act) * weight_N
+    scale_N = formats.global_scale(act)
+    if weight_N is not None:
+        scale_N = weight_N if scale_N is None else scale_N * weight_N
     return kernels.sm100_product(
         act,
         down,
         sizes_E,
         expert_scale_E=_expert_scale(down),
         row_scale_T=scale_N,
+        bias_EN=bias[1],
         out_dtype=f32,
         device=here,
         **shared,

@@ -2,7 +2,7 @@
 
 A tile multiplies its rows with 128 rows of gate and the same 128 of up, two boxes of weights side by side. A thread of
 the epilogue holds a row: it finds the maxima of its blocks itself, and the layer between the two products is written as
-codes. silu(x) = x * (1 / (1 + exp(-x))) in float32: `ex2.approx.ftz` of x * -log2(e), and `rcp.approx.ftz`.
+codes. sigmoid(x) = 1 / (1 + exp(-x)) in float32: `ex2.approx.ftz` of x * -log2(e), and `rcp.approx.ftz`.
 
 A dynamic global scale of NVFP4 is not possible, since no tile sees a whole row: it comes calibrated, per expert. Scales
 leave the kernel in tiles of their own for each tile of rows, so that experts may share a block of 128 rows; XLA gathers
@@ -29,6 +29,7 @@ from pallas_kernels.grouped_matmul import mosaic_sm100 as plain
 from pallas_kernels.grouped_matmul import mosaic_sm100_loop as main_loop
 from pallas_kernels.grouped_matmul import mosaic_sm100_mlp_epilogue as epilogue
 from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.grouped_matmul.activation import SWIGLU, SwiGLU
 from pallas_kernels.grouped_matmul.mosaic_sm100 import Tiling
 from pallas_kernels.grouped_matmul.mosaic_sm100_mlp_epilogue import TILE_F
 from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import TILE_M
@@ -61,16 +62,18 @@ def gate_up_swiglu_codes(
     expert_scale_E: jax.Array,
     row_scale_T: jax.Array | None = None,
     row_weight_T: jax.Array | None = None,
+    bias_EG: jax.Array | None = None,
+    activation: SwiGLU = SWIGLU,
     out_dtype: jnp.dtype,
     tiling: Tiling,
     num_sms: int,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
-    """Multiplies packed rows with gate and up, and multiplies up with silu of gate; zero beyond the groups.
+    """Multiplies packed rows with gate and up, and applies the activation; zero beyond the groups.
 
         hidden[t] = (sum_d (code * scale)(x[t, d]) * (code * scale)(gate_up[e, :, d]))
-                    * (expert_scale[e] * row_scale[t])
-        act[t, f] = cast((silu(hidden[t, f]) * hidden[t, F + f]) * row_weight[t])        e = e(t), all in float32
+                    * (expert_scale[e] * row_scale[t]) + bias[e]
+        act[t, f] = cast(activation(hidden[t])[f] * row_weight[t])                       e = e(t), all in float32
 
     Args:
       x: (T, D), as in `mosaic_sm100.grouped_matmul_codes`.
@@ -79,6 +82,8 @@ def gate_up_swiglu_codes(
       expert_scale_E: float32.
       row_scale_T: float32, or None for 1.
       row_weight_T: float32, or None for 1.
+      bias_EG: (E, 2F) float, or None.
+      activation: SwiGLU with any constants.
       out_dtype: bfloat16 or float32.
       tiling: tile_n = 256 and not collective. Stores have rows of 128 bytes whatever epilogue_n.
       num_sms: streaming multiprocessors to use.
@@ -92,7 +97,7 @@ def gate_up_swiglu_codes(
     """
     out_dtype = jnp.dtype(out_dtype)
     rows = (row_scale_T, row_weight_T)
-    _check(x, gate_up, group_sizes_E, expert_scale_E, rows, out_dtype, tiling, num_sms)
+    _check(x, gate_up, group_sizes_E, expert_scale_E, rows, bias_EG, out_dtype, tiling, num_sms)
     num_rows, width = x.shape[0], gate_up.shape[1] // 2
     if not num_rows or not width:
         return jnp.zeros((num_rows, width), out_dtype)
@@ -100,10 +105,10 @@ def gate_up_swiglu_codes(
         (2, TILE_M, 128 // out_dtype.itemsize), out_dtype, transforms=(plgpu.SwizzleTransform(128),)
     )
     return _run(
-        (x, gate_up, group_sizes_E, expert_scale_E, rows),
+        (x, gate_up, group_sizes_E, expert_scale_E, rows, bias_EG),
         (jax.ShapeDtypeStruct((num_rows, width), out_dtype),),
         {"out": buffer},
-        epilogue.store_act,
+        functools.partial(epilogue.store_act, activation=activation),
         (tiling, num_sms, interpret),
     )[0]
 
@@ -116,6 +121,8 @@ def gate_up_swiglu_quantized(
     expert_scale_E: jax.Array,
     row_scale_T: jax.Array | None = None,
     row_weight_T: jax.Array | None = None,
+    bias_EG: jax.Array | None = None,
+    activation: SwiGLU = SWIGLU,
     format: str,
     rule: str | None = None,
     act_amax_E: jax.Array | None = None,
@@ -128,7 +135,8 @@ def gate_up_swiglu_quantized(
         result = formats.quantize(act, format, rule=rule, num_batch_axes=1, global_amax=act_amax[e(t)])
 
     Args:
-      x, gate_up, group_sizes_E, expert_scale_E, row_scale_T, row_weight_T, tiling, num_sms, interpret: as there.
+      x, gate_up, group_sizes_E, expert_scale_E, row_scale_T, row_weight_T, bias_EG, activation, tiling, num_sms,
+        interpret: as there.
       format: "nvfp4" or "mxfp4", whatever the operands are.
       rule: scale rule; None is the format's first.
       act_amax_E: float32, calibrated largest magnitude of act for each expert (NVFP4). Blocks above it saturate.
@@ -140,16 +148,15 @@ def gate_up_swiglu_quantized(
       ValueError: as there; a format or rule that there is not; act_amax_E given or missing where it should not be.
     """
     rows = (row_scale_T, row_weight_T)
-    _check(
-        x, gate_up, group_sizes_E, expert_scale_E, rows, jnp.dtype(jnp.bfloat16), tiling, num_sms
-    )
+    operands = (x, gate_up, group_sizes_E, expert_scale_E, rows, bias_EG)
+    _check(*operands, jnp.dtype(jnp.bfloat16), tiling, num_sms)
     rule = _checked_rule(format, rule, act_amax_E, expert_scale_E)
     num_rows, width = x.shape[0], gate_up.shape[1] // 2
     schedule = tiles.schedule(group_sizes_E, num_rows, TILE_M)
     lines = width // (4 * FORMATS[format].block)
     words = TILE_F // (4 * FORMATS[format].block)
     codes_TF, word_ICQ4 = _run(
-        (x, gate_up, group_sizes_E, expert_scale_E, rows),
+        operands,
         (
             jax.ShapeDtypeStruct((num_rows, width), jnp.float4_e2m1fn),
             jax.ShapeDtypeStruct((schedule.expert_I.shape[0], lines, 32, 4), jnp.int32),
@@ -160,7 +167,7 @@ def gate_up_swiglu_quantized(
             "words": plgpu.SMEM((words, TILE_M), jnp.int32),
             "atoms": plgpu.SMEM((words, 32, 4), jnp.int32),
         },
-        functools.partial(epilogue.store_codes, format=format, rule=rule),
+        functools.partial(epilogue.store_codes, activation=activation, format=format, rule=rule),
         (tiling, num_sms, interpret),
         () if act_amax_E is None else (act_amax_E,),
     )
@@ -188,6 +195,8 @@ def expert_mlp_codes(
     down_scale_E: jax.Array,
     row_scale_T: jax.Array | None = None,
     row_weight_T: jax.Array | None = None,
+    bias_EG: jax.Array | None = None,
+    activation: SwiGLU = SWIGLU,
     act_rule: str | None = None,
     act_amax_E: jax.Array | None = None,
     out_dtype: jnp.dtype,
@@ -195,12 +204,13 @@ def expert_mlp_codes(
     num_sms: int,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
-    """y[t] = weight[t] * down(quantize(silu(gate(x[t])) * up(x[t]))); the layer between never leaves 4 bits.
+    """y[t] = weight[t] * down(quantize(act(gate_up(x[t])))); the layer between never leaves 4 bits.
 
     act is quantized from float32; `quantized.expert_mlp` casts it to the dtype of x first.
 
     Args:
-      x, gate_up, group_sizes_E, row_scale_T, act_amax_E, num_sms, interpret: as in `gate_up_swiglu_quantized`.
+      x, gate_up, group_sizes_E, row_scale_T, bias_EG, activation, act_amax_E, num_sms, interpret: as in
+        `gate_up_swiglu_quantized`.
       down: (E, D, F), of x's kind of block and scales; act is quantized to "nvfp4" or "mxfp4" accordingly.
       gate_up_scale_E, down_scale_E: float32, global scales of the weights, 1 for MXFP4.
       row_weight_T: float32, the combine weight of each row, at inference; it multiplies sums of down, before the cast.
@@ -217,6 +227,8 @@ def expert_mlp_codes(
         group_sizes_E,
         expert_scale_E=gate_up_scale_E,
         row_scale_T=row_scale_T,
+        bias_EG=bias_EG,
+        activation=activation,
         format="nvfp4" if FORMATS[down.format].scale == "e4m3" else "mxfp4",
         rule=act_rule,
         act_amax_E=act_amax_E,
@@ -240,7 +252,9 @@ def expert_mlp_codes(
     )
 
 
-def _check(x, gate_up, group_sizes_E, expert_scale_E, rows, out_dtype, tiling, num_sms) -> None:
+def _check(
+    x, gate_up, group_sizes_E, expert_scale_E, rows, bias_EG, out_dtype, tiling, num_sms
+) -> None:
     if tiling.tile_n != 2 * TILE_F or tiling.collective:
         raise ValueError(f"needs tile_n = {2 * TILE_F} and collective = False, got {tiling}")
     if gate_up.ndim == 3 and gate_up.shape[1] % (2 * TILE_F):
@@ -249,7 +263,7 @@ def _check(x, gate_up, group_sizes_E, expert_scale_E, rows, out_dtype, tiling, n
         )
     shared = (x, gate_up, group_sizes_E, expert_scale_E)
     for row_T in rows:
-        plain.check(*shared, row_T, None, out_dtype, tiling, num_sms)
+        plain.check(*shared, row_T, bias_EG, out_dtype, tiling, num_sms)
     # 128 bytes of every row in each of two buffers, whatever leaves; 2 KiB more than codes and their scales need.
     stored = dataclasses.replace(tiling, epilogue_n=epilogue.CHUNK)
     stored.check_budgets(gate_up.format, jnp.dtype(jnp.float32))
@@ -275,19 +289,20 @@ def _checked_rule(format: str, rule: str | None, act_amax_E, expert_scale_E) -> 
 
 def _run(operands, out_type, scratch, store, how, extra=()) -> tuple[jax.Array, ...]:
     """Launches the main loop with an epilogue over both boxes."""
-    x, gate_up, group_sizes_E, expert_scale_E, rows = operands
+    x, gate_up, group_sizes_E, expert_scale_E, rows, bias_EG = operands
     tiling, num_sms, interpret = how
     num_rows, width = out_type[0].shape
     used = jnp.minimum(jnp.sum(group_sizes_E, dtype=jnp.int32), num_rows)
     inputs = [used.reshape(1), expert_scale_E]
     inputs += [jnp.pad(row_T, (0, -num_rows % TILE_M)) for row_T in rows if row_T is not None]
+    inputs += [] if bias_EG is None else [bias_EG]
     what = main_loop.Epilogue(
         inputs=(*inputs, *extra),
         out_type=out_type,
         scratch=scratch,
         num_columns=width // TILE_F,
         boxes=lambda column: (column * TILE_F, width + column * TILE_F),
-        store=functools.partial(store, given=tuple(row_T is not None for row_T in rows)),
+        store=functools.partial(store, given=tuple(a is not None for a in (*rows, bias_EG))),
         finish=epilogue.zero_the_rest,
     )
     return main_loop.run(

@@ -7,7 +7,7 @@ L 128 rows of a tile, W columns of a chunk, B elements of a block, Q 32 rows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -18,6 +18,7 @@ from jax import lax
 from pallas_kernels.formats import FORMATS, elements
 from pallas_kernels.grouped_matmul import mosaic_sm100_loop as main_loop
 from pallas_kernels.grouped_matmul import row_copies
+from pallas_kernels.grouped_matmul.activation import SwiGLU
 from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import TILE_M
 from pallas_kernels.quantize import blocks
 
@@ -25,43 +26,73 @@ TILE_F = 128  # columns of the layer between, of a tile: as many rows of gate an
 CHUNK = 32  # columns that are in registers at a time; 16 bytes of codes
 
 
-def _factors(tile: main_loop.Tile, inputs, given) -> tuple[Any, Any]:
-    """Returns what sums are multiplied with, and act: scalars, or [L, W]; None for 1."""
+class _Given(NamedTuple):
+    """What a tile's sums meet in the epilogue: scalars, or [L, W] of one column; None for none.
+
+    Attributes:
+      factor: of sums.
+      weight: of act.
+      bias_G: reference to the expert's biases.
+      width: F.
+    """
+
+    factor: Any
+    weight: Any
+    bias_G: Any
+    width: int
+
+
+def _given(tile: main_loop.Tile, inputs, outputs, given) -> _Given:
+    """Loads what is the same for all columns of a tile; `given`: whether rows have scales and weights, gates a bias."""
     _, expert_scale_E, *optional = inputs
-    factor, weight = expert_scale_E[tile.expert], None
+    optional = iter(optional)
+    factor, weight, bias_G = expert_scale_E[tile.expert], None, None
 
     def load(row_T):
         here = row_T.at[pl.ds(tile.block * TILE_M, TILE_M)]
         return plgpu.load(here, layout=blocks.per_line(), optimized=False)
 
     if given[0]:
-        factor = blocks.spread(load(optional[0]) * factor, CHUNK)
+        factor = blocks.spread(load(next(optional)) * factor, CHUNK)
     if given[1]:
-        weight = blocks.spread(load(optional[given[0]]), CHUNK)
-    return factor, weight
+        weight = blocks.spread(load(next(optional)), CHUNK)
+    if given[2]:
+        bias_G = next(optional).at[tile.expert]
+    return _Given(factor, weight, bias_G, outputs[0].shape[1])
 
 
-def _act(acc, chunk: int, factors) -> jax.Array:
+def _act(tile: main_loop.Tile, acc, chunk: int, given: _Given, activation: SwiGLU) -> jax.Array:
     """Returns 32 columns of act, float32 [L, W], each line in one thread."""
-    factor, weight = factors
 
-    def load(first):
-        sums = acc.at[:, pl.ds(first + chunk * CHUNK, CHUNK)]
+    def load(box):
+        sums = acc.at[:, pl.ds(box * TILE_F + chunk * CHUNK, CHUNK)]
         loaded = plgpu.async_load_tmem(sums, layout=plgpu.Layout.TCGEN05_TMEM_NATIVE)
-        return plgpu.layout_cast(loaded, blocks.by_line()) * factor
+        value = plgpu.layout_cast(loaded, blocks.by_line()) * given.factor
+        if given.bias_G is None:
+            return value
+        columns = pl.ds(box * given.width + tile.column * TILE_F + chunk * CHUNK, CHUNK)
+        bias_W = plgpu.load(
+            given.bias_G.at[columns], layout=blocks.by_line().reduce(0), optimized=False
+        )
+        bias_LW = lax.broadcast_in_dim(bias_W.astype(jnp.float32), value.shape, (1,))
+        return value + plgpu.layout_cast(bias_LW, blocks.by_line())
 
-    gate, up = load(0), load(TILE_F)
-    act = gate * (jnp.float32(1) / (jnp.float32(1) + jnp.exp(-gate))) * up
-    return act if weight is None else act * weight
+    gate, up = activation.clamped(load(0), load(1))
+    inside = gate if activation.alpha == 1 else gate * jnp.float32(activation.alpha)
+    sigmoid = jnp.float32(1) / (jnp.float32(1) + jnp.exp(-inside))
+    act = gate * sigmoid * activation.shifted(up)
+    return act if given.weight is None else act * given.weight
 
 
-def store_act(tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, given) -> None:
+def store_act(
+    tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, given, activation
+) -> None:
     """Stores the expert's rows of act in columns of 128 bytes, from two buffers in turn."""
-    factors = _factors(tile, inputs, given)
+    given = _given(tile, inputs, outputs, given)
     out = scratch["out"]
     width = out.shape[2]
     for chunk in range(TILE_F // CHUNK):
-        act = _act(acc, chunk, factors)
+        act = _act(tile, acc, chunk, given, activation)
         if chunk == TILE_F // CHUNK - 1:
             release()
         turn, within = divmod(chunk * CHUNK, width)
@@ -78,10 +109,10 @@ def store_act(tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, g
 
 
 def store_codes(
-    tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, given, format, rule
+    tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, given, activation, format, rule
 ) -> None:
     """Quantizes a tile, and stores the expert's rows of codes and a whole tile of scales."""
-    factors, nvfp4 = _factors(tile, inputs, given), None
+    given, nvfp4 = _given(tile, inputs, outputs, given), None
     if FORMATS[format].scale == "e4m3":
         amax_L = jnp.full((TILE_M,), inputs[-1][tile.expert])
         nvfp4 = blocks.nvfp4_factors(plgpu.layout_cast(amax_L, blocks.per_line()))
@@ -91,7 +122,7 @@ def store_codes(
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     word_L, done = None, 0
     for chunk in range(chunks):
-        act = _act(acc, chunk, factors)
+        act = _act(tile, acc, chunk, given, activation)
         if chunk == chunks - 1:
             release()
         codes, bytes_L = _quantize(act, format, rule, nvfp4)

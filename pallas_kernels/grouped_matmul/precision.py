@@ -13,6 +13,7 @@ from pallas_kernels import formats
 from pallas_kernels.formats.hadamard import BLOCKS
 
 Weight = jax.Array | formats.BlockScaled
+Bias = tuple[jax.Array | None, jax.Array | None]  # of gate and up (E, 2F), and of down (E, D)
 
 X_SCALES = ("per_token", "per_group", "per_tensor", "static")
 ROUNDINGS = ("nearest", "stochastic")

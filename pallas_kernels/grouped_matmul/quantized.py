@@ -16,9 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device, formats
-from pallas_kernels.grouped_matmul import operands, reference, transposed_operands, windows
+from pallas_kernels.grouped_matmul import operands, transposed_operands, windows
+from pallas_kernels.grouped_matmul.activation import SWIGLU, SwiGLU
 from pallas_kernels.grouped_matmul.kernels import Kernel, Problem
-from pallas_kernels.grouped_matmul.precision import PLAIN, MatmulPrecision, MlpPrecision, Weight
+from pallas_kernels.grouped_matmul.precision import (
+    PLAIN,
+    Bias,
+    MatmulPrecision,
+    MlpPrecision,
+    Weight,
+)
 
 
 def grouped_matmul(
@@ -32,16 +39,45 @@ def grouped_matmul(
     amax_E: jax.Array | None = None,
     key: jax.Array | None = None,
     kernel: Kernel | None = None,
+    bias_EN: jax.Array | None = None,
 ) -> jax.Array:
-    """Multiplies rows with their expert's weight as `precision` says; see `api.quantized_grouped_matmul`."""
+    """Multiplies rows with their expert's weight as `precision` says; see `api.quantized_grouped_matmul`.
+
+    A bias is added in float32, before the only cast.
+    """
     x_TK, w_ENK = operands.rotate(x_TK, precision), operands.rotate(w_ENK, precision)
     if (precision.dy is None and kernel is None) or not x_TK.shape[0]:
         x_TK = fake_rows(x_TK, precision, group_sizes_E, amax_E)
         w_ENK = fake_weights(w_ENK, precision)
-        return backend.grouped_matmul(x_TK, w_ENK, group_sizes_E, None, None, out_dtype)
+        return backend.grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, None, out_dtype)
     data = None if key is None else key_data(key)
     leaves = windows.vary_alike(x_TK, w_ENK, group_sizes_E, amax_E, data)
-    return _product(*leaves, (backend, kernel), precision, jnp.dtype(out_dtype))
+    product_dtype = jnp.dtype(out_dtype if bias_EN is None else jnp.float32)
+    y_TN = _product(*leaves, (backend, kernel), precision, product_dtype)
+    if bias_EN is None:
+        return y_TN
+    return _plus_bias(*windows.vary_alike(y_TN, bias_EN, group_sizes_E), backend).astype(out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _plus_bias(y_TN, bias_EN, group_sizes_E, backend):
+    """Float32 rows plus their expert's bias; the gradient sums rows as a weight gradient does, not by scatter-add."""
+    return y_TN + operands.of_group(bias_EN, group_sizes_E, y_TN.shape[0])
+
+
+def _plus_bias_forward(y_TN, bias_EN, group_sizes_E, backend):
+    y_TN = _plus_bias(y_TN, bias_EN, group_sizes_E, backend)
+    return y_TN, (jnp.zeros(0, bias_EN.dtype), group_sizes_E)
+
+
+def _plus_bias_backward(backend, residuals, dy_TN):
+    like, group_sizes_E = residuals
+    ones_T1 = jnp.ones((dy_TN.shape[0], 1), jnp.float32)
+    dbias_EN1 = backend.weight_gradient(*windows.vary_alike(dy_TN, ones_T1, group_sizes_E))
+    return dy_TN, dbias_EN1[..., 0].astype(like.dtype), None
+
+
+_plus_bias.defvjp(_plus_bias_forward, _plus_bias_backward)
 
 
 def expert_mlp(
@@ -56,12 +92,15 @@ def expert_mlp(
     x_amax: tuple[jax.Array | None, jax.Array | None] = (None, None),
     key: jax.Array | None = None,
     kernels: tuple[Kernel | None, Kernel | None] = (None, None),
+    activation: SwiGLU = SWIGLU,
+    bias: Bias = (None, None),
 ) -> jax.Array:
-    """down(silu(gate) * up) as `precision` says; see `api.expert_mlp`."""
+    """down(act([gate, up])) as `precision` says; see `api.expert_mlp`."""
     if fuses(precision) and kernels == (None, None):
         gate_up_EGD = fake_weights(gate_up_EGD, precision.gate_up)
         down_EDF = fake_weights(down_EDF, precision.down)
-        return backend.expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype)
+        weights = gate_up_EGD, down_EDF
+        return backend.expert_mlp(x_ND, *weights, group_sizes_E, out_dtype, activation, bias)
     keys = (None, None) if key is None else jax.random.split(_typed(key))
     call = functools.partial(grouped_matmul, backend)
     hidden_NG = call(
@@ -73,8 +112,9 @@ def expert_mlp(
         amax_E=x_amax[0],
         key=keys[0],
         kernel=kernels[0],
+        bias_EN=bias[0],
     )
-    act_NF = reference.swiglu(hidden_NG).astype(x_ND.dtype)
+    act_NF = activation(hidden_NG).astype(x_ND.dtype)
     return call(
         act_NF,
         down_EDF,
@@ -84,6 +124,7 @@ def expert_mlp(
         amax_E=x_amax[1],
         key=keys[1],
         kernel=kernels[1],
+        bias_EN=bias[1],
     )
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import device, formats
 from pallas_kernels.grouped_matmul import operands, reference
+from pallas_kernels.grouped_matmul.activation import SWIGLU
 
 
 def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype):
@@ -48,8 +49,15 @@ def weight_gradient(dy_TN, x_TK, group_sizes_E):
     return jax.vjp(product, jnp.zeros(shape, jnp.float32))[1](dy_TN.astype(jnp.float32))[0]
 
 
-def expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype):
+def expert_mlp(
+    x_ND,
+    gate_up_EGD,
+    down_EDF,
+    group_sizes_E,
+    out_dtype,
+    activation=SWIGLU,
+    bias=(None, None),
+):
     """As `reference.expert_mlp`, for plain operands."""
-    hidden_NG = grouped_matmul(x_ND, gate_up_EGD, group_sizes_E, None, None, jnp.float32)
-    act_NF = reference.swiglu(hidden_NG).astype(x_ND.dtype)
-    return grouped_matmul(act_NF, down_EDF, group_sizes_E, None, None, out_dtype)
+    operands_ = (x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype, activation, bias)
+    return reference.composed(grouped_matmul, *operands_)

@@ -6,11 +6,14 @@ T rows, K contraction axis, N output axis, E experts, D model width, F expert wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul.precision import Weight
+from pallas_kernels.grouped_matmul.activation import SWIGLU, SwiGLU
+from pallas_kernels.grouped_matmul.precision import Bias, Weight
 
 
 def grouped_matmul(
@@ -54,17 +57,28 @@ def expert_mlp(
     down_EDF: Weight,
     group_sizes_E: jax.Array,
     out_dtype: jnp.dtype,
+    activation: SwiGLU = SWIGLU,
+    bias: Bias = (None, None),
 ) -> jax.Array:
-    """down(silu(gate) * up): float32 hidden layer, its product cast to the dtype of x."""
-    hidden_NG = grouped_matmul(x_ND, gate_up_EGD, group_sizes_E, None, None, jnp.float32)
-    act_NF = swiglu(hidden_NG).astype(x_ND.dtype)
-    return grouped_matmul(act_NF, down_EDF, group_sizes_E, None, None, out_dtype)
+    """down(act([gate, up])): float32 hidden layer, what the activation makes of it cast to the dtype of x."""
+    operands = (x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype, activation, bias)
+    return composed(grouped_matmul, *operands)
 
 
-def swiglu(hidden_NG: jax.Array) -> jax.Array:
-    """silu(gate) * up of [gate, up]: (N, F)."""
-    gate_NF, up_NF = jnp.split(hidden_NG, 2, axis=-1)
-    return jax.nn.silu(gate_NF) * up_NF
+def composed(
+    product: Callable[..., jax.Array],
+    x_ND: jax.Array,
+    gate_up_EGD: Weight,
+    down_EDF: Weight,
+    group_sizes_E: jax.Array,
+    out_dtype: jnp.dtype,
+    activation: SwiGLU,
+    bias: Bias,
+) -> jax.Array:
+    """As `expert_mlp`, with a backend's `grouped_matmul`."""
+    hidden_NG = product(x_ND, gate_up_EGD, group_sizes_E, bias[0], None, jnp.float32)
+    act_NF = activation(hidden_NG).astype(x_ND.dtype)
+    return product(act_NF, down_EDF, group_sizes_E, bias[1], None, out_dtype)
 
 
 def _plain(w_ENK: Weight) -> jax.Array:

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import expert_windows, few_rows, windows
+from pallas_kernels.grouped_matmul import expert_windows, few_rows, reference, windows
+from pallas_kernels.grouped_matmul.activation import SWIGLU, SwiGLU
+from pallas_kernels.grouped_matmul.precision import Bias
 
 
 def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype):
@@ -23,9 +25,28 @@ def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype):
     return _grouped_matmul(*operands, jnp.dtype(out_dtype))
 
 
-def expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype):
-    """As `reference.expert_mlp`: all three matmuls in one window, so the hidden layer is not written in a forward."""
+def expert_mlp(
+    x_ND,
+    gate_up_EGD,
+    down_EDF,
+    group_sizes_E,
+    out_dtype,
+    activation=SWIGLU,
+    bias=(None, None),
+):
+    """As `reference.expert_mlp`: all three matmuls in one window, so the hidden layer is not written in a forward.
+
+    With biases, or another activation than SwiGLU, two loops and the hidden layer between them.
+    """
+    if not fuses(activation, bias):
+        operands = (x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype, activation, bias)
+        return reference.composed(grouped_matmul, *operands)
     return expert_windows.expert_mlp(x_ND, gate_up_EGD, down_EDF, group_sizes_E, out_dtype)
+
+
+def fuses(activation: SwiGLU, bias: Bias) -> bool:
+    """Whether a feed-forward fits in one window's loop: its activation is SwiGLU, and it has no bias."""
+    return activation == SWIGLU and bias == (None, None)
 
 
 def input_gradient(dy_TN, w_ENK, group_sizes_E):

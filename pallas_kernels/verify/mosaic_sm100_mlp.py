@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.aot import Target
 from pallas_kernels.formats import FORMATS
+from pallas_kernels.grouped_matmul.activation import GPT_OSS, SWIGLU, SwiGLU
 from pallas_kernels.verify import expect
 from pallas_kernels.verify.case import Case, Family, Program, capability
 from pallas_kernels.verify.mosaic_sm100 import TEMP_BYTES, loop_expectations
@@ -27,12 +28,16 @@ def _operands(format: str) -> tuple:
     )
 
 
-def _build(target: Target, *, format: str, out_dtype: jnp.dtype | None) -> Program:
-    """To numbers of a dtype, or to codes where it is None."""
+def _build(
+    target: Target, *, format: str, out_dtype: jnp.dtype | None, activation: SwiGLU
+) -> Program:
+    """To numbers of a dtype, or to codes where it is None; with a bias but for plain SwiGLU."""
     from pallas_kernels.grouped_matmul import mosaic_sm100_mlp as mlp
 
-    def fn(x, gate_up, group_sizes_E, expert_scale_E, row_scale_T, act_amax_E):
+    def fn(x, gate_up, group_sizes_E, expert_scale_E, row_scale_T, act_amax_E, bias_EG):
         options = {
+            "bias_EG": bias_EG,
+            "activation": activation,
             "expert_scale_E": expert_scale_E,
             "row_scale_T": row_scale_T,
             "tiling": mlp.default_tiling(format),
@@ -46,10 +51,11 @@ def _build(target: Target, *, format: str, out_dtype: jnp.dtype | None) -> Progr
         )
 
     calibrated = out_dtype is None and FORMATS[format].scale == "e4m3"
-    return fn, (*_operands(format), array(EXPERTS) if calibrated else None)
+    bias = None if activation == SWIGLU else array(EXPERTS, 2 * HIDDEN, dtype=jnp.bfloat16)
+    return fn, (*_operands(format), array(EXPERTS) if calibrated else None, bias)
 
 
-def _case(name: str, format: str, out_dtype: jnp.dtype | None) -> Case:
+def _case(name: str, format: str, out_dtype: jnp.dtype | None, activation: SwiGLU = SWIGLU) -> Case:
     from pallas_kernels.grouped_matmul import mosaic_sm100_mlp as mlp
 
     tiling, temp = mlp.default_tiling(format), TEMP_BYTES
@@ -59,7 +65,7 @@ def _case(name: str, format: str, out_dtype: jnp.dtype | None) -> Case:
         name=name,
         format=format,
         runs_on=capability(10),
-        build=functools.partial(_build, format=format, out_dtype=out_dtype),
+        build=functools.partial(_build, format=format, out_dtype=out_dtype, activation=activation),
         expectations=(
             *loop_expectations(format, tiling, boxes=2),
             expect.memories(
@@ -82,6 +88,8 @@ FAMILY = Family(
         for case in (
             _case("to bfloat16", format, jnp.dtype(jnp.bfloat16)),
             _case("to codes", format, None),
+            _case("to bfloat16, gpt-oss", format, jnp.dtype(jnp.bfloat16), GPT_OSS),
+            _case("to codes, gpt-oss", format, None, GPT_OSS),
         )
     ),
 )

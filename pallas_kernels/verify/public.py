@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import formats
 from pallas_kernels.aot import Compiled, Target
+from pallas_kernels.grouped_matmul import loading
 from pallas_kernels.verify import expect
 from pallas_kernels.verify.case import Case, Expectation, Family, Program, capability
 from pallas_kernels.verify.shapes import EXPERTS, HIDDEN, ROWS, WIDTH, array, packed
@@ -25,12 +26,13 @@ _KERNELS = {
 
 
 def loaded(
-    shape: tuple[int, ...], format: str, activations: str | None, target: Target
-) -> formats.BlockScaled:
+    shape: tuple[int, ...], format: str, activations: str | None, target: Target, parts: int = 1
+) -> formats.BlockScaled | loading.Padded:
     """Describes a packed weight as it is after loading on this GPU."""
     from pallas_kernels.grouped_matmul import choice
 
-    arrange = functools.partial(choice.for_device, activations=activations, here=target.device)
+    options = dict(activations=activations, here=target.device, parts=parts)
+    arrange = functools.partial(choice.for_device, **options)
     return jax.eval_shape(arrange, packed(shape, format, "linear"))
 
 
@@ -71,6 +73,36 @@ def _experts(target: Target, *, format: str) -> Program:
         loaded((EXPERTS, WIDTH, HIDDEN), format, format, target),
         index,
         index,
+        array(ROWS),
+    )
+
+
+def _gpt_oss(target: Target) -> Program:
+    """Experts of gpt-oss-20b, 2880 wide, of which no kernel takes multiples: padded when they were loaded."""
+    from pallas_kernels import GPT_OSS, MatmulPrecision, routed_expert_mlp
+
+    experts, width, per_token = 32, 2880, 4
+
+    def fn(x, gate_up, down, bias, expert_N, weight_N):
+        return routed_expert_mlp(
+            x,
+            jnp.arange(ROWS, dtype=jnp.int32) // per_token,
+            expert_N,
+            weight_N,
+            gate_up,
+            down,
+            assignments_per_token=per_token,
+            activation=GPT_OSS,
+            bias=bias,
+            precision=MatmulPrecision(x="mxfp4"),
+        )
+
+    return fn, (
+        array(ROWS // per_token, width, dtype=jnp.bfloat16),
+        loaded((experts, 2 * width, width), "mxfp4", "mxfp4", target, parts=2),
+        loaded((experts, width, width), "mxfp4", "mxfp4", target),
+        (array(experts, 2 * width, dtype=jnp.bfloat16), array(experts, width, dtype=jnp.bfloat16)),
+        array(ROWS, dtype=jnp.int32),
         array(ROWS),
     )
 
@@ -139,5 +171,19 @@ FAMILY = Family(
         # The scale of a token is known when its row is: the layer between is quantized by a kernel of its own.
         _experts_case("nvfp4", "quantize", "gate_up_swiglu", "quantize", "grouped_matmul"),
         _experts_case("mxfp4", "quantize", "gate_up_swiglu", "grouped_matmul"),
+        Case(
+            name="experts of gpt-oss, padded when loaded",
+            format="mxfp4",
+            runs_on=capability(10),
+            build=_gpt_oss,
+            expectations=(
+                _has_kernels("quantize_mxfp4", "gate_up_swiglu_mxfp4", "grouped_matmul_mxfp4"),
+                expect.no_spills,
+                expect.within_limits,
+                expect.packed_as_they_are(
+                    *(f"args[{i}].value.{leaf}" for i in (1, 2) for leaf in ("codes", "scales"))
+                ),
+            ),
+        ),
     ),
 )

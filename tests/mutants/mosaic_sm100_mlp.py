@@ -13,8 +13,20 @@ AROUND = (
 EPILOGUE = (
     Mutant(
         "gate and up are swapped",
-        "gate, up = load(0), load(TILE_F)",
-        "up, gate = load(0), load(TILE_F)",
+        "activation.clamped(load(0), load(1))",
+        "activation.clamped(load(1), load(0))",
+        "numerics",
+    ),
+    Mutant(
+        "up has the bias of gate",
+        "columns = pl.ds(box * given.width + ",
+        "columns = pl.ds(",
+        "numerics",
+    ),
+    Mutant(
+        "the bias of another expert",
+        "bias_G = next(optional).at[tile.expert]",
+        "bias_G = next(optional).at[0]",
         "numerics",
     ),
     Mutant(
