@@ -1,4 +1,4 @@
-"""The commands of `moelab` and their options; those about kernels are in kernel_commands.py."""
+"""The commands of `moelab` and their options; those about kernels and plans are in files of their own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import functools
 
 import moelab
-from moelab.cli import data_commands, kernel_commands, sweep_commands, words
+from moelab.cli import data_commands, kernel_commands, plan_commands, sweep_commands, words
 
 _DESCRIPTION = "A research toolkit for sparse Mixture-of-Experts language models in JAX."
 _EXAMPLES = """\
@@ -22,6 +22,7 @@ examples:
   moelab routes record runs/demo                        which experts do the tokens go to?
   moelab quantize --workdir=runs/demo --out=packed      4-bit experts, stored and compared
   moelab kernels verify --target=b200,h100              compile the kernels for GPUs that are not here
+  moelab plan --model=deepseek_v3 --hardware=b200x8     what serving it would cost there
 
 exit codes: 0 done, 2 your error, 1 crash, 3 non-finite losses, 75 pre-empted (run again to resume)
 'moelab COMMAND --help' explains one command.
@@ -40,6 +41,7 @@ def build() -> argparse.ArgumentParser:
     _quantize(commands)
     _routes(words.group(commands, "routes", "record, replay, compare and place routes of tokens"))
     kernel_commands.declare(commands)
+    plan_commands.declare(commands)
     config = words.group(commands, "config", "show, compare and list configs")
     _config(config)
     data_commands.declare(words.group(commands, "data", "build, describe, score, filter data"))

@@ -1,0 +1,229 @@
+"""`moelab plan` and what is below it: results on standard output, the rest on standard error, errors of one line."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moelab import cli
+from moelab.plan import calibration, measured, prices
+
+needs_wheel = pytest.mark.skipif(measured.folder() is None, reason="extra plan-data not installed")
+
+
+def run(capsys, *words):
+    code = cli.main(["plan", *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_is_quick_and_imports_no_jax():
+    start = time.perf_counter()
+    script = "import sys; from moelab import cli; cli.main(['plan', '--help']); sys.exit('jax' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 1.5  # a bar of 1 s on a quiet machine
+    assert "compare" in done.stdout and "--hardware" in done.stdout
+
+
+def test_a_plan_needs_no_jax():
+    script = (
+        "import sys; from moelab import cli; "
+        "sys.exit(cli.main(['plan', '--json', '--hardware=b200x4', '--precision=nvfp4']) or 'jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["systems"][0]["system"] == "b200x4"
+
+
+def test_a_plan(capsys):
+    words = ("--hardware=b200x8,h200x8", "--precision=nvfp4,fp8", "--user=50")
+    code, out, err = run(capsys, "--model=deepseek_v3", *words)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("system") and "$/M tok" in lines[0]
+    assert any(line.startswith("b200x8  nvfp4") for line in lines)
+    assert re.search(r"b200x8 nvfp4 pays up to \d\.\d\d times the GPU-hour of h200x8 fp8", out)
+    assert "basis owner" in err and "80 % band" in err and "unverified" not in err
+
+
+def test_json_has_the_whole_front(capsys):
+    code, out, _ = run(capsys, "--hardware=b200x8", "--precision=nvfp4", "--json", "--price=3")
+    read = json.loads(out)
+    front = read["systems"][0]["front"]
+    assert code == 0 and len(front) > 7
+    for row in front:
+        assert row["tpot_ms_low"] < row["tpot_ms"] < row["tpot_ms_high"]
+        assert row["dollars_per_million"] == pytest.approx(
+            prices.per_million(3, row["gpu_tokens_per_s"])
+        )
+
+
+def test_unverified_figures_are_printed_as_such(capsys):
+    _, _, err = run(capsys, "--hardware=h800x16", "--precision=fp8")
+    assert "nvlink 200 GB/s (unverified)" in err
+    assert "no cost: no owner price of h800; none is known" in err
+
+
+def test_outside_the_calibrated_range(capsys):
+    _, out, err = run(capsys, "--hardware=gb200", "--model=hypothetical_10t", "--precision=nvfp4")
+    assert "outside" in out and "outside the calibrated range" in err and "parameters" in err
+
+
+def test_switches_change_the_plan(capsys):
+    base = ("--hardware=b200x8", "--precision=nvfp4", "--json")
+    best = {}
+    for name, words in {
+        "plain": (),
+        "draft": ("--draft=2",),
+        "apart": ("--mode=disaggregated",),
+        "old": ("--software=2025-06-01",),
+        "vllm": ("--engine=vllm",),
+    }.items():
+        _, out, _ = run(capsys, *base, *words)
+        best[name] = json.loads(out)["systems"][0]["front"][0]["user_tokens_per_s"]
+    assert best["draft"] > best["plain"] > best["old"] and best["plain"] > best["vllm"]
+
+
+def test_a_page(capsys, tmp_path):
+    path = tmp_path / "plan.html"
+    code, _, err = run(capsys, "--hardware=b200x8", "--precision=nvfp4", f"--out={path}")
+    text = path.read_text()
+    assert code == 0 and f"wrote {path}" in err
+    assert text.startswith("<!doctype html>") and "<svg" in text and "b200x8" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model=deepsek_v3",), "no model 'deepsek_v3'; did you mean deepseek_v3"),
+        (("--hardware=b20x8",), "no GPU 'b20'; did you mean b200"),
+        (("--precision=nvfp",), "no precision 'nvfp'; did you mean nvfp4"),
+        (("--hardware=h200x8", "--precision=nvfp4"), "h200 has no fp4 tensor cores"),
+        (("--hardware=h100x8", "--model=kimi_k2"), "bytes too many per GPU"),
+        (("--hardware=b200x8,h200x8", "--precision=fp8,fp8,fp8"), "2 systems, 3 recipes"),
+        (("--software=soon",), "wants YYYY-MM-DD, got 'soon'"),
+        (("--price=cheap",), "no price basis 'cheap'"),
+        (("--most_tpot=0.001",), "the limits leave nothing"),
+        (("--isl=0",), "wants an int from 1, got '0'"),
+        (("compare", "--before=b200x8"), "wants SYSTEM:PRECISION"),
+        (("compare", "--before=b200x8:fp8", "--after=b200x8:fp8"), "are the same"),
+        (("train", "--hardware=gb200x8"), "bytes too many per GPU"),
+        (("train", "--precision=int4"), "training computes in bf16"),
+        (("audit", "nowhere.csv"), "no table of measured times"),
+        (("clams",), "did you mean"),
+    ],
+)
+def test_errors_are_one_line(capsys, words, message):
+    code, out, err = run(capsys, *words)
+    assert code == 2 and message in err
+    assert len([line for line in err.splitlines() if line.startswith("moelab:")]) == 1
+
+
+def test_compare(capsys):
+    code, out, err = run(capsys, "compare", "--json")
+    equal, free = json.loads(out)
+    assert code == 0 and equal["basis"].startswith("equal configuration")
+    assert free["gain"] > equal["gain"] > 1
+    code, out, err = run(capsys, "compare", "--draft=2", "--software_before=2025-10-01")
+    assert "speculation" in out and "software" in out and "Shapley" in err
+
+
+def test_train(capsys):
+    words = ("--model=qwen3_235b", "--hardware=gb200x256,h800x256", "--precision=bf16", "--search")
+    code, out, err = run(capsys, "train", *words)
+    assert code == 0 and "MFU" in out and "h800x256" in out
+    assert "(unverified)" in err and "in sample" in err
+    code, out, _ = run(capsys, "train", *words, "--json")
+    assert json.loads(out)[0]["low"] < json.loads(out)[0]["tokens_per_s_gpu"]
+
+
+def test_claims(capsys, tmp_path):
+    path = tmp_path / "claims.html"
+    code, out, err = run(capsys, "claims", f"--out={path}")
+    assert code == 0
+    for verdict in ("SUPPORTED", "PARTLY", "NOT SUPPORTED", "NOT TESTABLE HERE"):
+        assert f"\n{verdict}: " in f"\n{out}"
+    assert "bits per byte lost" in out and "operating point: deepseek_v3" in err
+    page = path.read_text()
+    assert page.count("<svg") >= 8 and "Quality lost against throughput gained" in page
+
+
+@pytest.mark.parametrize("what", ["gpus", "models", "recipes", "prices", "calibration"])
+def test_facts(capsys, what):
+    code, out, _ = run(capsys, "facts", what)
+    assert code == 0 and len(out.splitlines()) > 5
+    if what == "gpus":
+        lines = [line for line in out.splitlines() if "from memory" in line]
+        assert len(lines) == 4 and all("(unverified)" in line for line in lines)
+
+
+@needs_wheel
+@pytest.mark.slow
+def test_validate(capsys):
+    code, out, err = run(capsys, "validate", "--peer_rows=4")
+    assert code == 0 and out.count("median met") == 2 and "NOT met" not in out
+    assert "left out by rule" in out and "plain roofline" in out and "no promise" in out
+    assert "aiconfigurator: 4 of 4 rows" in err
+
+
+def test_a_calibration_comes_back(tmp_path):
+    calibration.save(tmp_path / "x.json", calibration.shipped())
+    assert calibration.load(tmp_path / "x.json") == calibration.shipped()
+
+
+def test_without_the_wheel(capsys, monkeypatch):
+    monkeypatch.setattr(measured, "folder", lambda: None)
+    for words in (("validate",), ("audit",)):
+        code, _, err = run(capsys, *words)
+        assert code == 2 and "pip install 'moelab[plan-data]'" in err
+    assert run(capsys, "claims")[0] == 0
+
+
+def test_audit_of_a_file(capsys, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "device,kernel_source,gemm_dtype,m,n,k,latency\n"
+        "NVIDIA B200,x,bfloat16,8192,8192,8192,0.1\n"  # 1.1e12 FLOPs in 0.1 ms: 11 PFLOP/s
+        "NVIDIA B200,x,bfloat16,8192,8192,8192,0.7\n"
+    )
+    code, out, _ = run(capsys, "audit", str(path))
+    assert code == 0 and "m=8192 n=8192 k=8192" in out and "false positives" in out
+    code, out, _ = run(capsys, "audit", str(path), "--json")
+    read = json.loads(out)
+    assert [row["row"] for row in read["impossible"]] == [0] and len(read["rules"]) == 6
+
+
+def test_a_route_trace_decides_how_unequal_experts_are(capsys, tmp_path):
+    import numpy as np
+
+    from moelab import trace
+
+    equal_T = np.arange(4096) % 64
+    for name, first_T in (("equal", equal_T), ("one", np.zeros(4096, int))):
+        slots_MTK = np.stack([(first_T + i) % 64 for i in range(8)], -1)[None]
+        found = trace.Trace(
+            expert_MTK=slots_MTK,
+            token_id_T=np.zeros(4096, int),
+            domain_T=np.zeros(4096, int),
+            document_T=np.zeros(4096, int),
+            layers=(0,),
+            domains=("x",),
+            num_experts=64,
+            num_columns=64,
+        )
+        trace.save(tmp_path / f"{name}.npz", found)
+    fastest = {}
+    for name in ("equal", "one"):
+        words = ("--model=olmoe", "--hardware=b200x1", "--precision=bf16", "--json")
+        _, out, _ = run(capsys, *words, f"--routes={tmp_path / name}.npz")
+        front = json.loads(out)["systems"][0]["front"]
+        fastest[name] = max(r["gpu_tokens_per_s"] for r in front if r["user_tokens_per_s"] > 150)
+    assert fastest["one"] > fastest["equal"]  # fewer experts are read
+    code, _, err = run(capsys, "--model=deepseek_v3", f"--routes={tmp_path / 'one.npz'}")
+    assert code == 2 and "the trace has 64 experts, the model 256" in err
