@@ -90,6 +90,21 @@ def test_packed_gate_and_up_are_taken_apart(format, layout):
     assert np.any(wanted != formats.dequantize(w))
 
 
+def test_blocks_of_a_checkpoint():
+    """value = (-1)^sign * table[magnitude] * 2^(byte - 127), low nibble first; 32 columns of a row share a byte."""
+    rng = np.random.default_rng(15)
+    blocks = rng.integers(0, 256, (2, 4, 3, 16)).astype(np.uint8)
+    scales = rng.integers(120, 130, (2, 4, 3)).astype(np.uint8)
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    nibbles = np.stack([blocks & 15, blocks >> 4], axis=-1)
+    values = np.where(nibbles & 8, -1, 1) * table[nibbles & 7]
+    wanted = np.ldexp(values, scales[..., None, None].astype(np.int32) - 127).reshape(2, 4, 96)
+    packed = loading.from_blocks(jnp.asarray(blocks), jnp.asarray(scales))
+    np.testing.assert_array_equal(formats.dequantize(packed), wanted)
+    with pytest.raises(ValueError, match=r"got uint8 \(2, 4, 3, 16\) and uint8 \(2, 4, 2\)"):
+        loading.from_blocks(jnp.asarray(blocks), jnp.asarray(scales[..., :2]))
+
+
 def test_what_cannot_be_taken_apart_or_padded():
     with pytest.raises(ValueError, match="an even number of rows, got 3"):
         loading.deinterleaved(jnp.ones((2, 3, 4)))
@@ -189,6 +204,7 @@ def test_experts_by_hand(implementation):
     np.testing.assert_allclose(back[3][1], by_hand, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_biases_of_quantized_layers():
     """With quantized gradients the bias is added after the product: its gradient is a sum, in float32."""
     got = rows_and_gradients("xla_windows", GPT_OSS, QUANTIZED)(X, GATE_UP, DOWN, BIAS, X)
@@ -233,6 +249,10 @@ def test_weights_are_padded_for_a_device_once(here):
         return
     assert wide.value.shape == (2, 6144, 3072) and narrow.value.shape == (2, 3072, 3072)
     assert wide.value.layout == "tcgen05"
+    plain = jax.ShapeDtypeStruct((2, 5760, 2880), jnp.float32)
+    assert jax.eval_shape(load, plain).shape == plain.shape  # multiplied as it is
+    quantized = jax.eval_shape(functools.partial(load, parts=2, weights="mxfp4"), plain)
+    assert quantized.value.shape == (2, 6144, 3072)
     # Too small to be worth it: 64 would become 256.
     assert load(formats.quantize(jnp.ones((2, 64, 64)), "mxfp4")).shape == (2, 64, 64)
 
@@ -249,12 +269,12 @@ def test_routed_experts_padded_or_not():
         return y, *back(X)
 
     want = run(packed, "reference")
-    for weights in (packed, larger, (larger[0], packed[1])):
+    for weights in (larger, (larger[0], packed[1])):
         got = run(weights, "xla_windows")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), got, want)
 
 
-@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("format", [pytest.param("nvfp4", marks=pytest.mark.slow), "mxfp4"])
 def test_a_checkpoint_in_the_kernels_of_a_b200(format):
     """Interleaved rows, 192 wide: taken apart and padded to 256 when loaded, then multiplied in fused kernels."""
     width = 192
@@ -275,6 +295,26 @@ def test_a_checkpoint_in_the_kernels_of_a_b200(format):
     # The layer between is quantized from another dtype: some codes are their neighbours.
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert error < 0.03, error
+
+
+def test_plain_weights_that_are_trained_in_four_bits():
+    """Padded before training, they are quantized in each step; what is padding gets no gradient."""
+    width, precision = 192, MatmulPrecision(x="mxfp4", w="mxfp4")
+    w, x = draw(13, E, 2 * width, width) / 14, draw(14, T, width)
+
+    def gradient(w):
+        def product(w):
+            options = dict(implementation="reference")
+            return pallas_kernels.quantized_grouped_matmul(x, w, SIZES, precision, **options)
+
+        y, back = jax.vjp(product, w)
+        return y, back(jnp.ones_like(y))[0]
+
+    larger = choice.for_device(w, "mxfp4", B200, parts=2, weights="mxfp4")
+    (y, dw), (wanted, dw_wanted) = gradient(larger), gradient(w)
+    np.testing.assert_allclose(y, wanted, **CLOSE)
+    np.testing.assert_allclose(dw.logical(), dw_wanted, **CLOSE)
+    assert np.count_nonzero(dw.value) == np.count_nonzero(dw_wanted) > 0
 
 
 def test_refuses():

@@ -122,37 +122,41 @@ _MOST_PADDING = 1.5
 
 
 def for_device(
-    w: formats.BlockScaled,
+    w: Weight,
     activations: str | None,
     here: device.Device | None = None,
     *,
     parts: int = 1,
-) -> formats.BlockScaled | loading.Padded:
-    """Returns packed weights as the kernel that will multiply them reads them: once, when weights are loaded.
+    weights: str | None = None,
+) -> Weight | loading.Padded:
+    """Returns weights as the kernel that will multiply them reads them: once, when weights are loaded.
 
-    Their scales are arranged for it. Widths that no kernel takes are padded with zeros where that makes neither half as
-    large again (2880 of gpt-oss to 3072), both axes alike, so that gate, up and down of one model still fit.
+    Scales of packed ones are arranged for it. Widths that no kernel takes are padded with zeros where that makes
+    neither half as large again (2880 of gpt-oss to 3072), both axes alike, so that gate, up and down still fit.
 
     Args:
       w: (..., E, N, K).
       activations: the format that activations are quantized to; None for bfloat16.
       here: None: the current device.
       parts: of N that are padded each: 2 for gate and up.
+      weights: the format that plain weights are quantized to whenever they are multiplied; None: they are not.
     """
-    if w.ndim < 3:
-        return formats.arranged(w, "linear")
+    packed = isinstance(w, formats.BlockScaled)
+    format = w.format if packed else weights
+    if w.ndim < 3 or format is None:
+        return formats.arranged(w, "linear") if packed else w
     here = device.current() if here is None else here
     for kernel in kernels.KERNELS.values():
         multiple = math.lcm(kernel.inputs_multiple, kernel.outputs_multiple)
         sizes = w.shape[-2] // parts, w.shape[-1]
         wide = [-(-size // multiple) * multiple for size in sizes]
-        exact = kernels.Problem(1, *w.shape[-3:], activations or "bfloat16", w.format)
+        exact = kernels.Problem(1, *w.shape[-3:], activations or "bfloat16", format)
         larger = dataclasses.replace(exact, outputs=parts * wide[0], inputs=wide[1])
         if kernel.unsupported(larger, here):
             continue
-        arranged = formats.arranged(w, kernel.layout)
+        arranged = formats.arranged(w, kernel.layout) if packed else w
         if all(new <= _MOST_PADDING * size for size, new in zip(sizes, wide, strict=True)):
             return loading.padded(arranged, larger.outputs, larger.inputs, parts)
         if not kernel.unsupported(exact, here):
             return arranged
-    return formats.arranged(w, "linear")
+    return formats.arranged(w, "linear") if packed else w

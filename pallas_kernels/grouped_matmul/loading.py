@@ -1,5 +1,7 @@
 """What is done to experts' weights once, when they are loaded: gate and up taken apart, widths padded for a kernel.
 
+gpt-oss: from_blocks -> deinterleaved -> `choice.for_device`, which pads.
+
 E experts, N output axis, K contraction axis, T rows, F expert width, G = 2F.
 """
 
@@ -12,6 +14,32 @@ import jax.numpy as jnp
 
 from pallas_kernels import formats
 from pallas_kernels.grouped_matmul.precision import Bias, Weight
+
+
+def from_blocks(blocks: jax.Array, scales: jax.Array) -> formats.BlockScaled:
+    """Returns MXFP4 weights as gpt-oss's checkpoints have them (`.._blocks`, `.._scales`); no byte changes.
+
+    Args:
+      blocks: uint8 (..., N, K / 32, 16), two codes a byte, low nibble first.
+      scales: uint8 (..., N, K / 32), E8M0 bits.
+
+    Returns:
+      BlockScaled (..., N, K).
+
+    Raises:
+      ValueError: other dtypes or shapes.
+    """
+    if (
+        blocks.dtype != jnp.uint8
+        or scales.dtype != jnp.uint8
+        or blocks.shape != (*scales.shape, 16)
+    ):
+        raise ValueError(
+            "needs uint8 blocks (..., N, K / 32, 16) and uint8 scales (..., N, K / 32), got "
+            f"{blocks.dtype} {blocks.shape} and {scales.dtype} {scales.shape}"
+        )
+    codes = blocks.reshape(*scales.shape[:-1], -1)
+    return formats.BlockScaled(codes, scales, None, "mxfp4", "rceil")
 
 
 def deinterleaved(w: Weight, axis: int = -2) -> Weight:

@@ -8,7 +8,6 @@ T rows sorted by expert, K contraction axis, N output axis, E experts, C = scale
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -21,18 +20,11 @@ from jax import lax
 from pallas_kernels.formats import FORMATS, BlockScaled, arranged
 from pallas_kernels.grouped_matmul import mosaic_sm100_loop as main_loop
 from pallas_kernels.grouped_matmul import row_copies, tiles
-from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import SMEM_BYTES, TILE_M, Tiling
+from pallas_kernels.grouped_matmul.mosaic_sm100_tiling import TILE_M, Tiling
 
-__all__ = ["Tiling", "default_tiling", "grouped_matmul_codes"]
+__all__ = ["Tiling", "grouped_matmul_codes"]
 
 OUT_DTYPES = (jnp.bfloat16, jnp.float32)
-
-
-def default_tiling(format: str, out_dtype: jnp.dtype) -> Tiling:
-    """Returns a tiling that fits every shape that the kernel takes with tiles of 128 columns."""
-    tiling = Tiling(stages=6).storing(out_dtype)
-    fits = tiling.smem_bytes(format, out_dtype) <= SMEM_BYTES
-    return tiling if fits else dataclasses.replace(tiling, stages=5)
 
 
 def grouped_matmul_codes(
