@@ -28,6 +28,7 @@ PACKAGES = (
     "scipy",
     "pyarrow",
 )
+_SIMD = ("avx512f", "avx2", "avx", "sse2", "sve2", "sve", "asimd")  # x86's, then ARM's
 _NVIDIA_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # the second under WSL
 _JAX_OPTIONS = (
     "jax_platforms",
@@ -94,6 +95,7 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_model(),
+        "simd": simd(),
         "cores": len(os.sched_getaffinity(0)),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -120,6 +122,17 @@ def cpu_model() -> str:
         text = ""
     names = (line.partition(":")[2] for line in text.splitlines() if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine()).strip()
+
+
+def simd() -> str:
+    """Returns the widest vector instructions of the processor: makers give kinds with and without them one name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    flags = next(lines, "").partition(":")[2].split()
+    return next((name for name in _SIMD if name in flags), "")
 
 
 def git(folder: Path | None = None) -> dict[str, object] | None:

@@ -32,7 +32,7 @@ RANKS = [
     ],
     ["moelab.train"],
     ["moelab.launch"],
-    ["moelab.sweep"],
+    ["moelab.sweep", "moelab.rerun"],
     ["moelab.cli", "moelab.__main__"],
 ]
 # No model code, anywhere in them; no jax while they are imported.
@@ -55,7 +55,14 @@ PLAIN = [
     "moelab.trace",
     "moelab.validation",
 ]
-NO_JAX_AT_IMPORT = [*PLAIN, "moelab.cli", "moelab.launch", "moelab.sweep", "moelab.__main__"]
+NO_JAX_AT_IMPORT = [
+    *PLAIN,
+    "moelab.cli",
+    "moelab.launch",
+    "moelab.rerun",
+    "moelab.sweep",
+    "moelab.__main__",
+]
 FORBIDDEN = {"torch", "tensorflow", "clu", "pickle"}
 
 

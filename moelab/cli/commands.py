@@ -6,7 +6,14 @@ import argparse
 import functools
 
 import moelab
-from moelab.cli import data_commands, kernel_commands, plan_commands, sweep_commands, words
+from moelab.cli import (
+    baselines_commands,
+    data_commands,
+    kernel_commands,
+    plan_commands,
+    sweep_commands,
+    words,
+)
 
 _DESCRIPTION = "A research toolkit for sparse Mixture-of-Experts language models in JAX."
 _EXAMPLES = """\
@@ -105,13 +112,25 @@ def _results(commands) -> None:
         ("precision", "float32", "in which arms are compared (float32)"),
     ):
         report.add_argument(f"--{name}", default=default, metavar="NAME", help=text)
+    report.add_argument(
+        "--split",
+        choices=("test", "validation"),
+        default="test",
+        help="of arms: validation is for tuning, so that nothing is chosen on what is reported",
+    )
     for name, text in (
         ("different_tokens", "compare runs that trained on different numbers of tokens"),
         ("bibtex", "BibTeX of the methods; with --out into FILE.bib too"),
     ):
         report.add_argument(f"--{name}", action="store_true", help=text)
     verify = words.add(commands, "verify", "results:verify", "check a run's card against its files")
-    verify.add_argument("run", metavar="RUN", help="run directory")
+    verify.add_argument(
+        "run", nargs="?", default="", metavar="RUN", help="run directory, or committed cards"
+    )
+    baselines_commands.takes_rerun(verify)
+    baselines_commands.declare(
+        words.group(commands, "baselines", "committed cards and the leaderboard made from them")
+    )
 
 
 def _quantize(commands) -> None:

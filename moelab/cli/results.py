@@ -14,8 +14,12 @@ def report(args: argparse.Namespace) -> int:
     """Writes a report, or prints the result tables where no file is asked for."""
     environment.prepare()
     from moelab import report as reports
+    from moelab.report import arms
 
-    options = {"reference": args.reference, "precision": args.precision}
+    if args.split == "validation" and args.precision != "float32":
+        raise UserError("--split=validation is as trained; it takes no --precision")
+    precision = arms.VALIDATION if args.split == "validation" else args.precision
+    options = {"reference": args.reference, "precision": precision}
     options["different_tokens"] = args.different_tokens
     if args.out:
         written = {"report": reports.write(args.runs, args.out, **options)}
@@ -66,12 +70,16 @@ def _print_arms(compared) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     """Prints each way in which a card and its files disagree; exit code 1 if there is one."""
-    environment.prepare()
-    from moelab.report.verify import verify as problems_of
+    if args.rerun:
+        from moelab.cli import baselines
 
+        return baselines.rerun(args)
+    if not args.run:
+        raise UserError(f"'{args.parser.prog}' wants RUN, or --rerun=NAME")
+    environment.prepare()
     if not Path(args.run).exists():
         raise UserError(f"no such run: {args.run}")
-    problems = problems_of(args.run)
+    problems = _problems(Path(args.run))
     if args.json:
         output.print_json({"run": args.run, "problems": problems})
     else:
@@ -79,3 +87,16 @@ def verify(args: argparse.Namespace) -> int:
             print(problem)
         print(f"{args.run}: {len(problems)} problems" if problems else f"{args.run}: verified")
     return 1 if problems else 0
+
+
+def _problems(path: Path) -> list[str]:
+    """Checks a run directory, an arm's committed cards, or every card of a folder of baselines."""
+    from moelab.report import baselines
+    from moelab.report.verify import verify as problems_of
+
+    if baselines.is_arm(path):
+        return baselines.problems(path)
+    if (path / baselines.FAMILIES).is_file():
+        arms = map(baselines.find, baselines.names(path), [path] * len(baselines.names(path)))
+        return [problem for arm in arms for problem in baselines.problems(arm)]
+    return problems_of(path)

@@ -53,7 +53,7 @@ def write(
       runs: run directories, sweep directories, or result cards that stand alone.
       out: ends in .html, .md, .csv or .tex.
       reference: the arm that the others are compared with; empty: the first.
-      precision: of the evaluation that arms are compared in.
+      precision: of the evaluation that arms are compared in; arms.VALIDATION: the last look at the validation split.
       different_tokens: compare runs of different numbers of training tokens.
 
     Returns:

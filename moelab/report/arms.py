@@ -6,6 +6,7 @@ S seeds, A arms.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -19,6 +20,8 @@ from moelab.report import formatting as fmt
 from moelab.report import paired, statistics, two_levels
 from moelab.report.documents import ALL
 from moelab.report.runs import REFERENCE, ReportError, Run, check_comparable
+
+VALIDATION = "the validation split"  # in place of a precision: as trained, for tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +48,15 @@ class Arm:
         return str(card.get("bound") or card.get("leak") or "")
 
     def bits(self, precision: str) -> dict[int, float]:
-        """Returns bits per byte over all domains by seed.
+        """Returns bits per byte over all domains by seed; of the last look at the validation split for VALIDATION.
 
         Raises:
           ReportError: a run was not evaluated in this precision.
         """
-        return {seed: _bits(run, precision) for seed, run in sorted(self.runs.items())}
+        read = (
+            _validated if precision == VALIDATION else functools.partial(_bits, precision=precision)
+        )
+        return {seed: read(run) for seed, run in sorted(self.runs.items())}
 
     def mean(self, *path: str) -> float | None:
         """Averages a number of the cards over the seeds; None where a card lacks it."""
@@ -62,6 +68,16 @@ class Arm:
             values.append(fmt.number(value))
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def _validated(run: Run) -> float:
+    records = [r for r in run.records("evaluation") if r.get("split") == "validation"]
+    value = fmt.number((records[-1].get("bits_per_byte") or {}).get(ALL)) if records else None
+    if value is None:
+        raise ReportError(
+            f"{run.directory} never looked at the validation split: set evaluation.every, as to train.num_steps"
+        )
+    return value
 
 
 def _bits(run: Run, precision: str) -> float:

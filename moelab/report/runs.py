@@ -93,7 +93,7 @@ def load(path: Path | str) -> Run:
 
 
 def load_all(paths: Sequence[Path | str]) -> tuple[list[Run], list[str]]:
-    """Reads runs, and the finished points of sweep directories.
+    """Reads runs, the finished points of sweep directories, and the cards of committed baselines.
 
     Returns:
       The runs, and one line for each sweep that is not finished.
@@ -103,8 +103,13 @@ def load_all(paths: Sequence[Path | str]) -> tuple[list[Run], list[str]]:
     """
     if not paths:
         raise ReportError("a report wants at least one run")
+    from moelab.report import baselines
+
     found, notes = [], []
     for path in paths:
+        if baselines.is_arm(path):
+            found += baselines.load(path)
+            continue
         if not sweep_file.is_sweep(path):
             found.append(load(path))
             continue

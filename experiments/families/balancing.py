@@ -1,0 +1,47 @@
+"""Balancing: none, Switch loss, z-loss, bias, quantile, over eight paired seeds, with a dense control.
+
+    moelab run --config=experiments/families/balancing.py --workdir=runs/families_balancing
+    moelab sweep --config=families/balancing --sweep=learning_rates --seeds=100-101 --jobs=2
+    moelab report runs/balancing-learning_rates-seeds --split=validation
+    moelab sweep --config=families/balancing --sweep=mechanisms --seeds=0-7 --jobs=2 --drop_checkpoints
+    moelab baselines add runs/balancing-mechanisms-seeds --family=balancing
+
+Without a sweep it is the reference: sigmoid scores, top-2, no balancing. A mechanism is its file in ../balance/, at 400
+steps instead of 150. `z_loss` is on top of the Switch loss. Learning rate as in routing.py.
+
+Lab book
+  machine    not measured
+  wall time  about 2 minutes a run on one core, from the 38 s that 150 steps took (2026-11-23)
+  result     not measured
+  date       not measured
+"""
+
+import ml_collections
+
+BASE = "../ablation.py"
+
+LENGTH = {"train.num_steps": 400, "checkpoint.every": 400, "evaluation.every": 400}
+MECHANISMS = ("none", "switch_loss", "z_loss", "loss_free_bias", "quantile_ema")
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns what differs from the base."""
+    config = ml_collections.ConfigDict()
+    config.router = dict(kind="top_k", k=2, score="sigmoid")
+    config.train = dict(num_steps=400)
+    config.checkpoint = dict(every=400)
+    config.evaluation = dict(every=400)
+    return config
+
+
+def sweep_mechanisms():
+    """The arms, each a file of its own, and the control."""
+    for name in MECHANISMS:
+        yield {"name": name, "config": f"../balance/{name}.py", **LENGTH}
+    yield {"name": "dense_active", "moe.num_experts": 0, "model.dense_width": 256}
+
+
+def sweep_learning_rates():
+    """The published grid, on the reference."""
+    for rate in (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2):
+        yield {"optimizer.learning_rate": rate}

@@ -1,0 +1,126 @@
+"""`moelab baselines add | render | list`, and `moelab verify --rerun`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from moelab import config_file
+from moelab.cli import output
+from moelab.errors import UserError
+from moelab.report import formatting as fmt
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    """The folder that was named, or that of the experiments: here, or beside the package."""
+    from moelab.report import baselines
+
+    if args.folder:
+        known = [Path(args.folder)]
+    else:
+        known = [folder / "baselines" for folder in config_file.folders()]
+    for folder in known:
+        if (folder / baselines.FAMILIES).is_file():
+            return folder
+    raise UserError(f"no {baselines.FAMILIES} in {known[0] if known else 'experiments/baselines'}")
+
+
+def add(args: argparse.Namespace) -> int:
+    """Writes cards, and the leaderboard."""
+    from moelab.report import baselines, load_all
+
+    folder = _folder(args)
+    if not args.family:
+        there = ", ".join(baselines.families(folder))
+        raise UserError(f"'{args.parser.prog}' wants --family=NAME; there are {there}")
+    baselines.family(args.family, folder)
+    runs, notes = load_all(args.runs)
+    for line in notes:
+        output.note(line)
+    written = [*baselines.add(runs, args.family, folder), _write(folder)]
+    if args.json:
+        output.print_json({"written": written})
+    else:
+        print(*written, sep="\n")
+    return 0
+
+
+def _write(folder: Path) -> Path:
+    from moelab.report import baselines, leaderboard
+
+    path = folder / baselines.README
+    path.write_text(leaderboard.render(folder), encoding="utf-8")
+    return path
+
+
+def render(args: argparse.Namespace) -> int:
+    """Writes the leaderboard; with --check compares it, exit code 1 where it is stale."""
+    from moelab.report import baselines, leaderboard
+
+    folder = _folder(args)
+    path = folder / baselines.README
+    if not args.check:
+        print(_write(folder))
+        return 0
+    stale = not path.is_file() or path.read_text(encoding="utf-8") != leaderboard.render(folder)
+    if args.json:
+        output.print_json({"leaderboard": path, "stale": stale})
+    else:
+        print(f"{path}: {'stale; moelab baselines render' if stale else 'up to date'}")
+    return int(stale)
+
+
+def listing(args: argparse.Namespace) -> int:
+    """Lists families with their arms and seeds."""
+    from moelab.report import baselines
+
+    folder = _folder(args)
+    rows = []
+    for family in baselines.families(folder):
+        arms = [n for n in baselines.names(folder) if n.startswith(f"{family}/")]
+        for name in arms:
+            entries = baselines.read_arm(baselines.find(name, folder))
+            rows.append((name, ",".join(map(str, sorted(entries)))))
+        if not arms:
+            rows.append((family, "no run yet"))
+    if args.json:
+        output.print_json([{"name": name, "seeds": seeds} for name, seeds in rows])
+    else:
+        output.print_table(("baseline", "seeds"), rows)
+    return 0
+
+
+def rerun(args: argparse.Namespace) -> int:
+    """Runs a baseline again; exit code 1 where it does not land where it must."""
+    from moelab.cli.running import start_jax
+
+    if args.run:
+        raise UserError("--rerun names a baseline; a RUN is verified without it")
+    folder = _folder(args)
+    start_jax()
+    from moelab import rerun as reruns
+    from moelab.report import baselines
+    from moelab.report import card as cards
+
+    found = reruns.rerun(
+        args.rerun,
+        seed=args.seed,
+        workdir=args.workdir,
+        folder=folder,
+        progress=sys.stderr.isatty() and not args.json,
+        command=args.command,
+    )
+    if args.record:
+        entries = baselines.read_arm(baselines.find(args.rerun, folder))
+        kept = reruns.record(found, entries, cards.read(found.directory), folder)
+        output.note("drift recorded" if kept else "the same kind of machine: no drift to record")
+    if args.json:
+        output.print_json(dataclasses.asdict(found))
+    else:
+        verdict = {True: "within", False: "OUTSIDE", None: "not judged:"}[found.passed]
+        bounds = f"[{fmt.fixed(found.expected.low, 6)}, {fmt.fixed(found.expected.high, 6)}]"
+        print(f"{found.name}, seed {found.seed}: {found.bits_per_byte:.6f} bits per byte")
+        print(f"expected {found.expected.estimate:.6f} {bounds}: {verdict} {found.rule}")
+    return 1 if found.passed is False else 0

@@ -1,0 +1,210 @@
+"""Runs a committed baseline again: the same seed must land within the measured drift, a new one within its prediction.
+
+The drift is what the same seed gave on other machines or core counts (experiments/baselines/drift.json): sums in
+another order, carried through a training. On the machine that made a card a run is bit-exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from moelab import config as configs
+from moelab import launch, schema
+from moelab.report import baselines, paired
+from moelab.report.documents import ALL
+from moelab.report.runs import ReportError
+from moelab.report.statistics import CONFIDENCE, Interval
+
+_SAME = 1e-9  # bits per byte: bit-exact, summed
+_MACHINE = ("cpu", "simd", "cores")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rerun:
+    """What a re-run gave.
+
+    Attributes:
+      name: FAMILY/ARM.
+      seed: that was run.
+      directory: of the run.
+      bits_per_byte: that it reached.
+      expected: what it was to reach: the card's value or the seeds' mean, with the bounds.
+      rule: what the bounds are.
+      passed: whether it lies within them; None where there is nothing to judge by.
+      difference: to the card of the same seed; None for a new seed.
+    """
+
+    name: str
+    seed: int
+    directory: Path
+    bits_per_byte: float
+    expected: Interval
+    rule: str
+    passed: bool | None
+    difference: float | None = None
+
+
+def rerun(
+    name: str,
+    *,
+    seed: int | None = None,
+    workdir: Path | str = "",
+    folder: Path | str = baselines.FOLDER,
+    progress: bool = False,
+    command: str = "",
+) -> Rerun:
+    """Trains one arm of a committed baseline again and judges the result.
+
+    Args:
+      name: FAMILY/ARM.
+      seed: one of the arm's, or a new one; None: its first.
+      workdir: of the run; empty: runs/rerun-FAMILY-ARM-sSEED.
+      folder: of the baselines.
+      progress: draw a progress bar.
+      command: recorded in the new card.
+
+    Raises:
+      ReportError: no such baseline; made under another schema of configs, or on other data.
+      ConfigError: the run cannot be made.
+    """
+    path = baselines.find(name, folder)
+    entries = baselines.read_arm(path)
+    name = f"{path.parent.name}/{path.stem}"
+    seed = min(entries) if seed is None else seed
+    card = entries[seed if seed in entries else min(entries)]["card"]
+    _check_schema(entries, path)
+    config = configs.from_dict({**card["config"], "seed": seed})
+    directory = Path(workdir or Path("runs") / f"rerun-{name.replace('/', '-')}-s{seed}")
+    result = launch.run(config, directory, progress=progress, command=command)
+    if result.card is None:
+        raise ReportError(f"{directory}: the run stopped with exit code {result.exit_code}")
+    _check_data(card, result.card, path)
+    precision = _precision(path.parent.name, folder)
+    return judge(name, seed, entries, result.card, precision, drifts(folder), directory)
+
+
+def _check_schema(entries: Mapping[int, Mapping], path: Path) -> None:
+    for seed, entry in entries.items():
+        if entry.get("config_schema") != schema.SCHEMA:
+            raise ReportError(
+                f"{path}, seed {seed}: made under schema {entry.get('config_schema')!r} of configs; this moelab has "
+                f"{schema.SCHEMA}: run it with the moelab that made it"
+            )
+
+
+def _check_data(old: Mapping, new: Mapping, path: Path) -> None:
+    for key in ("sha256", "tokenizer_sha256"):
+        if old["data"].get(key) != new["data"].get(key):
+            texts = [str(card["data"].get(key))[:12] for card in (old, new)]
+            raise ReportError(
+                f"{path}: data {key} was {texts[0]} and is {texts[1]}: not the same run"
+            )
+
+
+def _precision(family: str, folder: Path | str) -> str:
+    known = baselines.families(folder)
+    tables = known[family].tables if family in known else ({},)
+    return tables[0].get("precision", "float32")
+
+
+def bits(card: Mapping[str, Any], precision: str) -> float:
+    """Returns a card's bits per byte over all domains."""
+    row = next((r for r in card["evaluation"]["rows"] if r["precision"] == precision), None)
+    if row is None:
+        raise ReportError(f"no precision {precision!r} in the card of seed {card['seeds']['seed']}")
+    return float(row["bits_per_byte"][ALL])
+
+
+def judge(
+    name: str,
+    seed: int,
+    entries: Mapping[int, Mapping],
+    card: Mapping[str, Any],
+    precision: str,
+    drift: Sequence[Mapping[str, Any]],
+    directory: Path = Path(),
+) -> Rerun:
+    """Judges a new card against an arm's cards.
+
+    The same seed: on a machine of the same kind it must be equal, elsewhere |difference| <= t(0.975, n) rms of the n
+    drifts measured in the family. A new seed: within the 95 % prediction interval of the arm's seeds, so that one in
+    twenty falls outside by chance.
+    """
+    found = bits(card, precision)
+    if seed not in entries:
+        return _new_seed(name, seed, entries, found, precision, directory)
+    old = entries[seed]["card"]
+    stated = bits(old, precision)
+    known = [float(d["difference"]) for d in drift if d["family"] == name.partition("/")[0]]
+    if machine(old) == machine(card):
+        bound, rule = _SAME, "bit-exact: the same kind of machine"
+        if known:  # a kind has more than one member
+            bound, rule = max(_SAME, _drift_bound(known)), f"the drift measured {len(known)} times"
+    elif known:
+        bound, rule = _drift_bound(known), f"the drift measured {len(known)} times"
+    else:
+        bound, rule = (
+            math.nan,
+            "no drift between machines has been measured; --record writes this one",
+        )
+    expected = Interval(stated, stated - bound, stated + bound)
+    passed = None if math.isnan(bound) else abs(found - stated) <= bound
+    return Rerun(name, seed, directory, found, expected, rule, passed, found - stated)
+
+
+def _new_seed(name, seed, entries, found, precision, directory) -> Rerun:
+    values = [bits(entry["card"], precision) for entry in entries.values()]
+    if len(values) < 2:
+        expected, rule = Interval(values[0], math.nan, math.nan), "one seed predicts nothing"
+        return Rerun(name, seed, directory, found, expected, rule, None)
+    expected = paired.prediction(values)
+    rule = f"95 % prediction interval of {len(values)} seeds"
+    return Rerun(
+        name, seed, directory, found, expected, rule, expected.low <= found <= expected.high
+    )
+
+
+def _drift_bound(differences: Sequence[float]) -> float:
+    """The 95 % prediction of a difference whose mean is zero."""
+    rms = math.sqrt(sum(d * d for d in differences) / len(differences))
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences))) * rms
+
+
+def machine(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a machine's kind is known by."""
+    return {key: card["environment"].get(key) for key in _MACHINE}
+
+
+def drifts(folder: Path | str = baselines.FOLDER) -> list[dict[str, Any]]:
+    """Reads the measured drifts; none where there is no file."""
+    path = Path(folder) / baselines.DRIFT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def record(
+    found: Rerun, entries: Mapping[int, Mapping], card: Mapping[str, Any], folder: Path | str
+) -> bool:
+    """Appends the drift of a re-run on another kind of machine; returns whether it was one."""
+    old = entries[found.seed]["card"] if found.seed in entries else None
+    if old is None or machine(old) == machine(card):
+        return False
+    entry = {
+        "family": found.name.partition("/")[0],
+        "name": found.name,
+        "seed": found.seed,
+        "difference": found.difference,
+        "from": machine(old),
+        "to": machine(card),
+        "card_sha256": card["card_sha256"],
+    }
+    path = Path(folder) / baselines.DRIFT
+    text = json.dumps([*drifts(folder), entry], indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    return True

@@ -1,0 +1,265 @@
+"""Committed baselines: cards whole and checked, the leaderboard never stale, one arm run again."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import run_directory
+
+import moelab
+from moelab import config as configs
+from moelab import config_file, rerun, schema, sweep
+from moelab.cli import main
+from moelab.report import ReportError, baselines, leaderboard, load_all
+from moelab.report import card as cards
+
+ROOT = Path(moelab.__file__).parent.parent
+FOLDER = ROOT / baselines.FOLDER
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of baselines with one family and no cards."""
+    found = tmp_path / "baselines"
+    found.mkdir()
+    values = {"title": "A", "text": "Which?", "config": "x.py", "commands": ["moelab sweep"]}
+    tables = [{"reference": "plain"}, {"precision": "nvfp4_wa", "arms": ["plain", "late"]}]
+    text = json.dumps({"a": values | {"tables": tables}, "b": values})
+    (found / baselines.FAMILIES).write_text(text)
+    return found
+
+
+def make(tmp_path, name, seed, k=2, shift=0.0):
+    """A finished run of a config that this moelab reads."""
+    config = configs.from_dict({"seed": seed, "router": {"k": k}, "train": {"num_steps": 40}})
+    recorded = configs.record(config)
+    path = tmp_path / f"{name}-{seed}"
+    run_directory.make(
+        path,
+        seed=seed,
+        config=recorded["config"],
+        config_sha256=recorded["config_sha256"],
+        shift=shift,
+        name=name,
+    )
+    return path
+
+
+@pytest.fixture
+def two_arms(tmp_path, folder):
+    """The folder with two arms of three seeds."""
+    runs = [make(tmp_path, "plain", s) for s in range(3)]
+    runs += [make(tmp_path, "wide", s, 3, 0.02) for s in range(3)]
+    baselines.add(load_all(runs)[0], "a", folder)
+    return folder
+
+
+class TestCommitted:
+    """What is in experiments/baselines."""
+
+    def test_the_leaderboard_is_not_stale(self):
+        written = (FOLDER / baselines.README).read_text(encoding="utf-8")
+        assert written == leaderboard.render(FOLDER), "run: moelab baselines render"
+
+    @pytest.mark.parametrize("name", baselines.names(FOLDER))
+    def test_every_card_verifies(self, name):
+        assert baselines.problems(baselines.find(name, FOLDER)) == []
+
+    @pytest.mark.parametrize("name", baselines.families(FOLDER))
+    def test_the_commands_of_a_family_are_right(self, name, monkeypatch):
+        """Each sweep is planned: its points have no problems, and their number is that of the text."""
+        monkeypatch.chdir(ROOT)
+        family = baselines.family(name, FOLDER)
+        arms = set()
+        for command in family.commands:
+            words = command.split()
+            if words[1] != "sweep":
+                continue
+            options = dict(w.removeprefix("--").split("=") for w in words[2:] if "=" in w)
+            points, duplicates = sweep.plan(
+                options["config"], options["sweep"].split(","), seeds=[0]
+            )
+            assert points and not duplicates
+            if "learning_rates" not in options["sweep"]:
+                arms |= {point.name.removesuffix("-seed=0") for point in points}
+        assert Path(family.config).is_file()
+        for table in family.tables:
+            assert {*table.get("arms", ()), table["reference"]} <= arms
+
+    def test_tuning_has_other_seeds_than_reports(self):
+        for family in baselines.families(FOLDER).values():
+            for command in family.commands:
+                if "learning_rates" in command and "sweep " in command:
+                    assert "--seeds=100-101" in command
+
+    def test_dense_controls_are_of_equal_size(self, monkeypatch):
+        """Active or total parameters within 3 % of the reference's: routers are not split exactly."""
+        from moelab import launch
+
+        monkeypatch.chdir(ROOT)
+        points, _ = sweep.plan("families/routing", ["methods"], seeds=[0])
+        size = {
+            p.name.removesuffix("-seed=0"): launch.summary(p.config)["parameters"] for p in points
+        }
+        assert size["dense_active"]["active"] == pytest.approx(size["top_k"]["active"], rel=0.03)
+        assert size["dense_total"]["total"] == pytest.approx(size["top_k"]["total"], rel=0.03)
+
+    @pytest.mark.slow
+    def test_the_smallest_arm_runs_again(self, tmp_path):
+        """The same seed lands within the measured drift, a new one within the prediction interval."""
+        entries = baselines.read_arm(baselines.find("smoke/top_k", FOLDER))
+        for seed in (min(entries), max(entries) + 1):
+            found = rerun.rerun(
+                "smoke/top_k", seed=seed, workdir=tmp_path / str(seed), folder=FOLDER
+            )
+            assert found.passed, found
+
+
+class TestCards:
+    def test_a_card_is_kept_whole_and_its_curve_short(self, tmp_path, folder, two_arms):
+        assert baselines.names(folder) == ["a/plain", "a/wide"]
+        path = baselines.find("wide", folder)
+        assert baselines.problems(path) == []
+        entry = baselines.read_arm(path)[1]
+        assert entry["card"] == cards.read(tmp_path / "wide-1")
+        curve = entry["curve"]
+        assert curve["step"][-1] == 40 and len(curve["step"]) == 40
+        assert curve["validation"][-1][0] == 40
+        assert len(path.read_text().splitlines()) == 5  # a line per run, and two around them
+
+    def test_long_curves_are_means_over_stretches(self, tmp_path):
+        run = load_all([run_directory.make(tmp_path / "r", steps=96)])[0][0]
+        curve = baselines.curve(run)
+        train = run.records("train")
+        assert curve["step"] == list(range(2, 97, 2))
+        assert curve["loss"][0] == pytest.approx(
+            (train[0]["loss"] + train[1]["loss"]) / 2, rel=1e-4
+        )
+
+    def test_a_seed_is_added_and_replaced(self, tmp_path, two_arms):
+        runs = load_all([make(tmp_path, "plain", 7), tmp_path / "plain-1"])[0]
+        baselines.add(runs, "a", two_arms)
+        assert sorted(baselines.read_arm(baselines.find("plain", two_arms))) == [0, 1, 2, 7]
+
+    def test_a_name_is_not_given_to_another_config(self, tmp_path, two_arms):
+        runs = load_all([make(tmp_path / "x", "plain", 0, k=1)])[0]
+        with pytest.raises(ReportError, match="holds another config under the name 'plain'"):
+            baselines.add(runs, "a", two_arms)
+
+    def test_reports_read_them(self, two_arms, tmp_path, capsys):
+        files = [str(baselines.find(n, two_arms)) for n in ("plain", "wide")]
+        assert main(["report", *files]) == 0
+        assert "difference to plain over paired seeds" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda e: e["card"]["training"].update(final_loss=1.0), "card_sha256 does not match"),
+            (lambda e: e.update(config_schema=1), "configs have schema"),
+            (lambda e: e["card"]["config"]["router"].update(k=1), "config gives"),
+            (lambda e: e["curve"]["step"].append(99), "the curve ends at step 99, the card at 40"),
+            (
+                lambda e: e["card"]["evaluation"]["rows"][0]["bits_per_byte"].update(all=9.0),
+                "lie outside",
+            ),
+            (lambda e: e["card"].update(schema=99), "a card of schema 99; this moelab reads 1"),
+            (lambda e: e["card"].pop("evaluation"), "section 'evaluation' is missing"),
+        ],
+    )
+    def test_tampering_shows(self, two_arms, change, message):
+        path = baselines.find("plain", two_arms)
+        value = json.loads(path.read_text())
+        change(value["runs"][0])
+        path.write_text(json.dumps(value))
+        assert any(message in problem for problem in baselines.problems(path))
+
+    def test_the_command_line(self, two_arms, capsys, tmp_path):
+        option = f"--folder={two_arms}"
+        assert main(["baselines", "render", option, "--check"]) == 1
+        assert main(["baselines", "render", option]) == 0
+        assert main(["baselines", "render", option, "--check"]) == 0
+        assert main(["baselines", "list", option]) == 0
+        assert (
+            "a/wide" in (out := capsys.readouterr().out) and "0,1,2" in out and "no run yet" in out
+        )
+        assert main(["verify", str(two_arms)]) == 0
+        assert main(["verify", str(baselines.find("plain", two_arms))]) == 0
+        run = str(make(tmp_path, "third", 0, k=4))
+        assert main(["baselines", "add", run, option]) == 2
+        assert "wants --family=NAME; there are a, b" in capsys.readouterr().err
+        assert main(["baselines", "add", run, option, "--family=c"]) == 2
+        assert main(["baselines", "add", run, option, "--family=b"]) == 0
+        assert "third" in (two_arms / "README.md").read_text()
+        assert main(["verify", option, "--rerun=plaim"]) == 2
+        assert "no baseline 'plaim'" in capsys.readouterr().err
+        assert main(["verify"]) == 2
+
+
+def test_the_leaderboard_says_what_it_stands_on(two_arms):
+    text = leaderboard.render(two_arms)
+    assert "Known limits:" in text and "Every point" in text and "No run yet." in text
+    assert "Not run yet: late." in text and "Bits per byte in nvfp4_wa" in text
+
+
+class TestJudgement:
+    def entries(self, values):
+        return {seed: {"card": self.card(seed, value)} for seed, value in enumerate(values)}
+
+    def card(self, seed, value, **environment):
+        row = {"precision": "float32", "bits_per_byte": {"all": value}}
+        machine = {"cpu": "a", "simd": "avx2", "cores": 2} | environment
+        return {"seeds": {"seed": seed}, "evaluation": {"rows": [row]}, "environment": machine}
+
+    def judge(self, seed, value, drift=(), **environment):
+        drift = [{"family": "f", "difference": d} for d in drift]
+        entries, card = self.entries([2.0, 2.1, 2.3]), self.card(seed, value, **environment)
+        return rerun.judge("f/x", seed, entries, card, "float32", drift)
+
+    def test_the_same_machine_is_bit_exact(self):
+        assert self.judge(0, 2.0).passed and not self.judge(0, 2.0001).passed
+
+    def test_another_machine_is_judged_by_the_drift_that_was_measured(self):
+        # Two drifts of 0.01: rms 0.01, t(0.975, 2) = 4.303.
+        found = self.judge(0, 2.04, drift=(0.01, -0.01), cores=1)
+        assert found.passed and found.expected.high == pytest.approx(2.04303, abs=1e-5)
+        assert not self.judge(0, 2.044, drift=(0.01, -0.01), cores=1).passed
+        assert self.judge(0, 2.0, cores=1).passed is None  # nothing was measured
+        assert self.judge(0, 2.0, cores=1).difference == 0
+
+    def test_drifts_of_other_families_do_not_count(self):
+        drift = [{"family": "g", "difference": 1.0}]
+        card = self.card(0, 2.5, cores=1)
+        assert rerun.judge("f/x", 0, self.entries([2.0]), card, "float32", drift).passed is None
+
+    def test_a_new_seed_is_judged_by_the_prediction_interval(self):
+        # Mean 2.13333, sd 0.152753, t(0.975, 2) = 4.302653: half width 0.152753 * 4.302653 * sqrt(4 / 3) = 0.75892.
+        found = self.judge(9, 2.8)
+        assert found.expected == pytest.approx((2.13333, 1.37441, 2.89225), abs=1e-4)
+        assert found.passed and found.difference is None
+        assert not self.judge(9, 2.9).passed
+        one = rerun.judge("f/x", 9, self.entries([2.0]), self.card(9, 2.0), "float32", [])
+        assert one.passed is None and math.isnan(one.expected.low)
+
+    def test_only_another_machine_gives_a_drift(self, folder):
+        entries = self.entries([2.0])
+        found = rerun.Rerun("f/x", 0, Path(), 2.01, None, "", None, 0.01)
+        card = self.card(0, 2.01, simd="avx512f") | {"card_sha256": "0" * 64}
+        assert rerun.record(found, entries, card, folder)
+        assert not rerun.record(found, entries, self.card(0, 2.01), folder)
+        (kept,) = rerun.drifts(folder)
+        assert kept["difference"] == 0.01 and kept["to"]["simd"] == "avx512f"
+
+    def test_other_schemas_are_not_run(self, two_arms):
+        path = baselines.find("plain", two_arms)
+        path.write_text(
+            path.read_text().replace(f'"config_schema":{schema.SCHEMA}', '"config_schema":1')
+        )
+        with pytest.raises(ReportError, match="made under schema 1 of configs"):
+            rerun.rerun("plain", folder=two_arms)
+
+
+def test_the_experiments_name_their_families():
+    names = {name for name, _ in config_file.files()}
+    for family in baselines.families(FOLDER):
+        assert f"families/{family}" in names
