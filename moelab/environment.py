@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -125,7 +126,13 @@ def cpu_model() -> str:
 
 
 def simd() -> str:
-    """Returns the widest vector instructions of the processor: makers give kinds with and without them one name."""
+    """Returns the widest vector instructions that XLA may use: makers give kinds with and without them one name.
+
+    The processor's, or what --xla_cpu_max_isa=AVX2 in XLA_FLAGS holds XLA to.
+    """
+    held = re.search(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    if held:
+        return held[1].lower()
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -20,8 +20,9 @@ from moelab import launch, schema
 from moelab.report import baselines, paired
 from moelab.report.documents import ALL
 from moelab.report.runs import ReportError
-from moelab.report.statistics import CONFIDENCE, Interval
+from moelab.report.statistics import Interval
 
+_DRIFT_CONFIDENCE = 0.999  # tests run it again and again: one in twenty would not do
 _SAME = 1e-9  # bits per byte: bit-exact, summed
 _MACHINE = ("cpu", "simd", "cores")
 
@@ -133,7 +134,7 @@ def judge(
 ) -> Rerun:
     """Judges a new card against an arm's cards.
 
-    The same seed: on a machine of the same kind it must be equal, elsewhere |difference| <= t(0.975, n) rms of the n
+    The same seed: on a machine of the same kind it must be equal, elsewhere |difference| <= t(0.9995, n) rms of the n
     drifts measured in the family. A new seed: within the 95 % prediction interval of the arm's seeds, so that one in
     twenty falls outside by chance.
     """
@@ -172,9 +173,9 @@ def _new_seed(name, seed, entries, found, precision, directory) -> Rerun:
 
 
 def _drift_bound(differences: Sequence[float]) -> float:
-    """The 95 % prediction of a difference whose mean is zero."""
+    """The 99.9 % prediction of a difference whose mean is zero."""
     rms = math.sqrt(sum(d * d for d in differences) / len(differences))
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences))) * rms
+    return float(stats.t.ppf((1 + _DRIFT_CONFIDENCE) / 2, len(differences))) * rms
 
 
 def machine(card: Mapping[str, Any]) -> dict[str, Any]:

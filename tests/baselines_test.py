@@ -220,10 +220,10 @@ class TestJudgement:
         assert self.judge(0, 2.0).passed and not self.judge(0, 2.0001).passed
 
     def test_another_machine_is_judged_by_the_drift_that_was_measured(self):
-        # Two drifts of 0.01: rms 0.01, t(0.975, 2) = 4.303.
-        found = self.judge(0, 2.04, drift=(0.01, -0.01), cores=1)
-        assert found.passed and found.expected.high == pytest.approx(2.04303, abs=1e-5)
-        assert not self.judge(0, 2.044, drift=(0.01, -0.01), cores=1).passed
+        # Two drifts of 0.001: rms 0.001, t(0.9995, 2) = 31.599.
+        found = self.judge(0, 2.03, drift=(0.001, -0.001), cores=1)
+        assert found.passed and found.expected.high == pytest.approx(2.031599, abs=1e-6)
+        assert not self.judge(0, 2.032, drift=(0.001, -0.001), cores=1).passed
         assert self.judge(0, 2.0, cores=1).passed is None  # nothing was measured
         assert self.judge(0, 2.0, cores=1).difference == 0
 

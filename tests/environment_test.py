@@ -128,3 +128,12 @@ class TestDescribe:
         assert environment.git(tmp_path)["diff_sha256"] != changed["diff_sha256"]
         (tmp_path / "sub").mkdir()
         assert environment.git(tmp_path / "sub") is None  # someone else's checkout
+
+
+def test_simd_is_what_xla_may_use(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --xla_cpu_max_isa=AVX2 --b=2")
+    assert environment.simd() == "avx2"
+    monkeypatch.delenv("XLA_FLAGS")
+    flags = Path("/proc/cpuinfo").read_text().split()
+    found = environment.simd()
+    assert found in flags and ("avx512f" not in flags or found == "avx512f")

@@ -122,5 +122,7 @@ def rerun(args: argparse.Namespace) -> int:
         verdict = {True: "within", False: "OUTSIDE", None: "not judged:"}[found.passed]
         bounds = f"[{fmt.fixed(found.expected.low, 6)}, {fmt.fixed(found.expected.high, 6)}]"
         print(f"{found.name}, seed {found.seed}: {found.bits_per_byte:.6f} bits per byte")
+        if found.difference is not None:
+            print(f"difference to the card {found.difference:+.2e}")
         print(f"expected {found.expected.estimate:.6f} {bounds}: {verdict} {found.rule}")
     return 1 if found.passed is False else 0

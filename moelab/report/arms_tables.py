@@ -136,7 +136,7 @@ def notes(comparison: Comparison) -> list[str]:
         effects = [d.detectable for d in found]
         told.append(
             f"Detectable: the smallest true difference that these seeds would show with power {paired.POWER}; here "
-            f"{min(effects):.4f} to {max(effects):.4f} bits per byte. A smaller one may exist unseen."
+            f"{_range(effects, '{:.4f}'.format)} bits per byte. A smaller one may exist unseen."
         )
         known = [d.correlation.estimate for d in found if not math.isnan(d.correlation.estimate)]
         if known:
