@@ -264,3 +264,9 @@ def outline(path: Path) -> tuple[str, list[str]]:
             )  # else computed
             return first, [key.value for key in keys if key.value]
     return first, []
+
+
+def sweep_names(path: Path) -> list[str]:
+    """Returns the names of an experiment file's own sweeps, without executing it."""
+    names = (n.name for n in ast.parse(path.read_bytes()).body if isinstance(n, ast.FunctionDef))
+    return [name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)]

@@ -157,7 +157,7 @@ class TestTypos:
             ("config diff demo", "the following arguments are required: B"),
             ("env --config.model.width=3", "'moelab env' takes no config overrides"),
             ("env --jsn", "did you mean --json?"),
-            ("verify", "the following arguments are required: RUN"),
+            ("verify", "'moelab verify' wants RUN, or --rerun=NAME"),
             ("verify nowhere", "no such run: nowhere"),
             ("report nowhere", "no such run: nowhere"),
             ("generate", "'moelab generate' wants --workdir=RUN"),
@@ -275,6 +275,7 @@ class TestConfigCommands:
         }
         assert {"demo", "tiny", "olmoe_shaped"} <= set(listed)
         assert listed["olmoe_shaped"]["presets"] == ["e64", "dense_e16", "dense_e64"]
+        assert listed["families/smoke"]["sweeps"] == ["arms"] and listed["demo"]["sweeps"] == []
         assert all(row["doc"].endswith(".") for row in listed.values())
 
     def test_fields_of_one_config(self, moelab_main):

@@ -1,4 +1,4 @@
-r"""Data quality x size x precision: is a smaller, well-fed MoE better than a larger, badly fed one, both in four bits?
+r"""Data quality x size x precision: does a smaller, well-fed MoE beat a larger, badly fed one, both in four bits.
 
     moelab run --config=experiments/families/data_quality.py --workdir=runs/families_data_quality
     moelab sweep --config=families/data_quality --sweep=learning_rates --seeds=100-101 --jobs=2

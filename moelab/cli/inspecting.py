@@ -46,14 +46,17 @@ def diff(args: argparse.Namespace) -> int:
 
 
 def listing(args: argparse.Namespace) -> int:
-    """Prints the experiment files with their presets and first docstring lines. Executes none of them."""
-    found = [(name, path, *config_file.outline(path)) for name, path in config_file.files()]
+    """Prints the experiment files with their presets, sweeps and first docstring lines. Executes none of them."""
+    found = [
+        (name, path, *config_file.outline(path), config_file.sweep_names(path))
+        for name, path in config_file.files()
+    ]
     if args.json:
-        keys = ("name", "file", "doc", "presets")
+        keys = ("name", "file", "doc", "presets", "sweeps")
         output.print_json([dict(zip(keys, row, strict=True)) for row in found])
     else:
-        rows = [(name, _few(presets), doc) for name, _, doc, presets in found]
-        output.print_table(("config", "presets", "what it is"), rows)
+        rows = [(name, _few(presets), _few(sweeps), doc) for name, _, doc, presets, sweeps in found]
+        output.print_table(("config", "presets", "sweeps", "what it is"), rows)
     return 0
 
 
