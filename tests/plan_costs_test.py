@@ -15,6 +15,7 @@ from moelab.plan import (
     figures,
     hardware,
     measured,
+    named,
     prices,
     published,
     recipes,
@@ -294,3 +295,22 @@ def test_unverified_instances_are_marked(report):
     assert text.count("(unverified)") == sum(
         i.source.status == "unverified" for i in prices.INSTANCES
     )
+
+
+def test_published_rates_that_are_in_no_fit():
+    """No bar: others' best points of other dates. The planner is too fast at maximum load on Hopper, by up to 3.5."""
+    found = named.outcomes()
+    assert len(found) == 21 and all(o.case.source.text and o.case.source.date for o in found)
+    assert np.mean([o.inside for o in found]) >= 0.6
+    assert 0.7 < np.median([o.ratio for o in found]) < 1.6
+    wide = [o for o in found if int(np.max(o.case.layout.ep)) >= 48]
+    assert len(wide) == 5 and all(0.6 < o.ratio < 1.6 for o in wide)
+
+
+def test_stages_of_a_pipeline_keep_the_keys_of_all_batches_on_their_way():
+    from moelab.plan import work
+
+    one, four = (
+        work.kv_bytes(V3, recipes.named("fp8"), Layout(1, 1, 1, pp), 1000) for pp in (1, 4)
+    )
+    assert one == four  # a quarter of the layers, four batches

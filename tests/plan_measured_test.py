@@ -67,7 +67,6 @@ def raw(**changed):
             "dp equals moe tp x ep",
         ),
         ({"batch_size": "8"}, "not the concurrency"),
-        ({"silicon_ttft_ms": "20000"}, "overloaded"),
         ({"tp_size": "1", "moe_tp_size": "1"}, "weights exceed"),
     ],
 )

@@ -104,6 +104,21 @@ def test_moelab_configs_have_their_own_counts(name):
     assert model.forward_flops(config.train.length) + norms == forward
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.num_layers=6", "moe.every=2", "moe.num_dense_layers=1"],
+        ["moe.num_experts=0"],
+        ["moe.num_shared_experts=2", "model.tied_head=False", "model.num_kv_heads=1"],
+    ],
+)
+def test_fields_of_moelab_configs_change_both_counts(overrides):
+    config = configs.load("tiny", overrides).config
+    own = launch.summary(config)["parameters"]
+    model = readers.of_config(config, configs.vocab_size(config), "x")
+    assert (model.total(), model.active()) == (own["total"], own["active"])
+
+
 def test_xla_counts_the_same_flops():
     """The compiled forward pass of one block with one expert: the reference computes every expert for every token."""
     import jax

@@ -108,7 +108,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def validate(args: argparse.Namespace) -> int:
     """Prints errors on held-out rows beside the plain roofline and aiconfigurator."""
-    from moelab.plan import calibrate, calibration, measured, validation
+    from moelab.plan import calibrate, calibration, measured, named, validation
 
     rows, left = measured.rows()
     found = calibrate.all_data(rows)
@@ -123,6 +123,7 @@ def validate(args: argparse.Namespace) -> int:
         ).meets()
         for split in validation.SPLITS
     }
+    cases = named.outcomes()
     if args.write:
         calibration.save(args.write, validation.ship(found))
         output.note(f"wrote {args.write}")
@@ -133,6 +134,7 @@ def validate(args: argparse.Namespace) -> int:
                 "left_out": left,
                 "scores": [dataclasses.asdict(s) for s in scores],
                 "bars": bars,
+                "named": [_case(o) for o in cases],
             }
         )
         return 0
@@ -153,11 +155,31 @@ def validate(args: argparse.Namespace) -> int:
     for split, met in bars.items():
         words = ", ".join(f"{name} {'met' if ok else 'NOT met'}" for name, ok in met.items())
         print(f"{split}: {words}")
+    columns = ("published rate, in no fit", "measured", "predicted", "80 % band", "ratio", "source")
+    output.print_table(columns, [_case_cells(o) for o in cases])
     output.note(
         "bars: median error <= 20 %, rank correlation >= 0.88, 75 to 85 % in the 80 % band; the form of the model and "
         "the rules were chosen by people who had seen these rows"
     )
     return 0
+
+
+def _case(o) -> dict:
+    return {
+        "name": o.case.name,
+        "measured": o.case.rate,
+        "predicted": o.rate,
+        "low": o.low,
+        "high": o.high,
+        "batch": o.batch,
+        "source": f"{o.case.source.text}, {o.case.source.date}",
+    }
+
+
+def _case_cells(o) -> tuple:
+    band = f"[{o.low:.0f}, {o.high:.0f}]"
+    source = f"{o.case.source.text}, {o.case.source.date}"
+    return (o.case.name, f"{o.case.rate:.0f}", f"{o.rate:.0f}", band, f"{o.ratio:.2f}", source)
 
 
 def _score(s) -> tuple:

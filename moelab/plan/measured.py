@@ -165,10 +165,6 @@ RULES: tuple[tuple[str, Callable[[Mapping], bool]], ...] = (
         "the batch is not the concurrency over attention dp",
         lambda r: concurrency(r) != _int(r, "batch_size") * _dp(r),
     ),
-    (
-        "overloaded: the first token takes longer than the answer, so the batch is not the concurrency",
-        lambda r: float(r["silicon_ttft_ms"] or 0) > float(r["silicon_tpot_ms"]) * _int(r, "osl"),
-    ),
     ("impossible: the weights exceed the GPUs' memory", _too_heavy),
 )
 REPEATED = "a measurement that is there twice"

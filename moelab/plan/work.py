@@ -69,10 +69,13 @@ def kv_share(model: Model, tp) -> np.ndarray:
 
 
 def kv_bytes(model: Model, recipe: Recipe, layout: Layout, length) -> np.ndarray:
-    """Returns bytes that a sequence of `length` tokens keeps on one GPU."""
+    """Returns bytes on one GPU that one more sequence of `length` tokens in a batch costs.
+
+    A stage of pp keeps 1/pp of the layers, for the pp batches that are on their way at a time.
+    """
     lengths = np.atleast_1d(np.asarray(length, float))
     found = np.array([model.kv_bytes(recipe, x) for x in lengths])
-    return found * kv_share(model, layout.tp) / layout.pp
+    return found * kv_share(model, layout.tp)
 
 
 def terms(
