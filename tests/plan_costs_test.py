@@ -10,6 +10,7 @@ import pytest
 from moelab.errors import UserError
 from moelab.plan import (
     attribution,
+    calibration,
     claims,
     evidence,
     figures,
@@ -19,6 +20,7 @@ from moelab.plan import (
     prices,
     published,
     recipes,
+    search,
     serving,
     training,
 )
@@ -178,6 +180,26 @@ def test_factors_multiply_to_the_gain(user):
         "width",
     }
     assert found.factors["bandwidth"] > 1.2 and found.gain > 2
+
+
+def test_shares_have_intervals_over_what_the_calibration_could_be():
+    found = attribution.equal_configuration(
+        V3, way("h200x8", "fp8"), way("b200x8", "nvfp4"), Layout(8), 32
+    )
+    assert set(found.intervals) == {*found.factors, "gain"}
+    for name, (low, high) in found.intervals.items():
+        value = found.gain if name == "gain" else found.factors[name]
+        assert low <= high and low * 0.9 < value < high * 1.1
+    low, high = found.intervals["bandwidth"]
+    assert high / low > 1.01
+    # the bounds come from drawing the calibration again: one draw alone, no interval
+    shipped = calibration.shipped()
+    single = dataclasses.replace(shipped, draws={n: v[:1] for n, v in shipped.draws.items()})
+    alone = attribution.equal_configuration(
+        *(V3, way("h200x8", "fp8"), way("b200x8", "nvfp4"), Layout(8), 32),
+        search.Options(calibration=single),
+    )
+    assert alone.intervals["gain"][0] == alone.intervals["gain"][1]
 
 
 def test_what_does_not_differ_is_no_cause():

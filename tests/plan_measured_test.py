@@ -139,6 +139,8 @@ def test_the_shipped_calibration_is_bounded():
         assert parameter.low <= shipped.values[parameter.name] <= parameter.high
         assert parameter.high <= 0.92 or not parameter.name.startswith("memory")
         assert parameter.about
+    assert len(shipped.drawn()) == 20 and set(shipped.draws) == set(calibrate.NAMES)
+    assert shipped.drawn()[0] != shipped.drawn()[1]
     assert shipped.source and shipped.date and shipped.band[0] < 0 < shipped.band[1]
 
 

@@ -40,11 +40,16 @@ def compare(args: argparse.Namespace) -> int:
         output.print_json([dataclasses.asdict(f) | {"gain": f.gain} for f in found])
         return 0
     for one in found:
-        print(f"{one.basis}: {one.before:.0f} to {one.after:.0f} tokens/s/GPU, {one.gain:.2f}x")
-        rows = [(n, f"{f:.2f}x", attribution.CAUSES[n]) for n, f in one.factors.items()]
-        output.print_table(("cause", "factor", "what"), rows)
+        ends = f"{one.before:.0f} to {one.after:.0f} tokens/s/GPU"
+        print(f"{one.basis}: {ends}, {one.gain:.2f}x {_interval(one.intervals['gain'])}")
+        rows = [
+            (n, f"{f:.2f}x", _interval(one.intervals[n]), attribution.CAUSES[n])
+            for n, f in one.factors.items()
+        ]
+        output.print_table(("cause", "factor", "80 %", "what"), rows)
     output.note(
-        "factors multiply to the gain: Shapley values of log throughput over all orders of the causes"
+        "factors multiply to the gain: Shapley values of log throughput over all orders of the causes; intervals are over "
+        "what the calibrated values could be, and not over what the form of the model gets wrong"
     )
     if found[1].missed:
         output.note(
@@ -97,6 +102,10 @@ def claims(args: argparse.Namespace) -> int:
         Path(args.out).write_text(pages.claims(shared, found, joint, notes), encoding="utf-8")
         output.note(f"wrote {args.out}")
     return 0
+
+
+def _interval(bounds) -> str:
+    return f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
 
 
 def _pair(text: str) -> tuple[str, str]:

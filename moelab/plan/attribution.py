@@ -16,6 +16,8 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
+
 from moelab.errors import UserError
 from moelab.plan import search
 from moelab.plan.figures import Figure
@@ -48,6 +50,9 @@ class Way:
     years: float = 0.0
 
 
+Interval = tuple[float, float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Attribution:
     """A gain and its shares.
@@ -56,6 +61,8 @@ class Attribution:
       basis: "equal configuration" or "equal interactivity", with the point.
       before, after: tokens/s/GPU.
       factors: cause -> factor; they multiply to after / before.
+      intervals: cause -> 80 % interval of the factor over what the calibrated values could be; "gain" too. What the
+        form of the model gets wrong is not in it.
       missed: sets of causes, of all, that reach the speed nowhere; there the fastest configuration counts, its
         throughput reduced by what is missing to the speed.
       sets: how many sets were evaluated.
@@ -65,6 +72,7 @@ class Attribution:
     before: float
     after: float
     factors: dict[str, float]
+    intervals: dict[str, Interval]
     missed: int
     sets: int
 
@@ -74,11 +82,11 @@ class Attribution:
         return self.after / self.before
 
 
-def shapley(names: tuple[str, ...], value) -> dict[str, float]:
+def shapley(names: tuple[str, ...], value) -> dict:
     """Returns the Shapley value of every name.
 
     Args:
-      value: frozenset of names -> number.
+      value: frozenset of names -> number, or an array of them.
 
     >>> shapley(("a", "b"), lambda s: {0: 0.0, 1: 1.0, 2: 4.0}[len(s)])
     {'a': 2.0, 'b': 2.0}
@@ -154,11 +162,10 @@ def equal_configuration(
 ) -> Attribution:
     """Attributes the gain at one layout and batch, whether or not it fits."""
     options = options or Options()
+    one = Layout(*(np.array([x]) for x in (layout.tp, layout.dp, layout.ep, layout.pp)))
 
-    def throughput(way: Way) -> float:
-        own = dataclasses.replace(options, years=way.years)
-        found = search.evaluate(model, way.recipe, way.system, layout, batch, way.load, own)
-        return float(found.throughput[0])
+    def throughput(way: Way) -> np.ndarray:
+        return _throughputs(model, way, one, np.array([float(batch)]), options)[1][:, 0]
 
     names = tuple(n for n in causes(a, b) if n != "memory")
     point = f"equal configuration: tp {layout.tp}, dp {layout.dp}, ep {layout.ep}, batch {batch}"
@@ -173,29 +180,28 @@ def equal_interactivity(
     Raises:
       UserError: one of the two ways is nowhere so fast.
     """
-    options = options or Options()
-    missed = [0]
+    options, missed = options or Options(), [0]
 
-    def throughput(way: Way, strict: bool = False) -> float:
-        own = dataclasses.replace(options, years=way.years)
+    def throughput(way: Way, strict: bool = False) -> np.ndarray:
         try:
-            found = search.search(model, way.recipe, way.system, way.load, own)
+            layout, batch = search.candidates(model, way.recipe, way.system, way.load)
         except search.DoesNotFit:
             if strict:
                 raise
             missed[0] += 1
-            return _too_small(model, way, own)
-        best = found.at_speed(user)
-        if best is not None:
-            return float(found.throughput[best])
-        fastest = int(found.tpot.argmin())
-        if strict:
+            return _too_small(model, way, options)
+        tpot_Sn, rate_Sn = _throughputs(model, way, layout, batch, options)
+        able_Sn = 1 / tpot_Sn >= user
+        if strict and not able_Sn[0].any():
             raise UserError(
                 f"{model.name} in {way.recipe.name} on {way.system.name} reaches "
-                f"{found.user[fastest]:.1f} tokens/s/user at most, not {user:g}"
+                f"{1 / tpot_Sn[0].min():.1f} tokens/s/user at most, not {user:g}"
             )
-        missed[0] += 1
-        return float(found.throughput[fastest] * found.user[fastest] / user)
+        missed[0] += not able_Sn[0].any()
+        fastest_S1 = tpot_Sn.argmin(1)[:, None]
+        reached = np.where(able_Sn, rate_Sn, 0).max(1)
+        rate, tpot = (np.take_along_axis(x, fastest_S1, 1)[:, 0] for x in (rate_Sn, tpot_Sn))
+        return np.where(able_Sn.any(1), reached, rate / tpot / user)
 
     for way in (a, b):
         throughput(way, strict=True)
@@ -203,22 +209,37 @@ def equal_interactivity(
     return _attribute(point, a, b, causes(a, b), throughput, missed)
 
 
-def _too_small(model: Model, way: Way, options: Options) -> float:
+def _throughputs(model: Model, way: Way, layout: Layout, batch, options: Options):
+    """Returns (tpot, tokens/s/GPU) of rows under the calibrated values and every draw of them, each (S, n)."""
+    own = dataclasses.replace(options, years=way.years)
+    load = search.skewed(model, way.load, own)
+    times = search.timer(model, way.recipe, way.system, layout, batch, load, own)
+    values = (own.calibration.efficiency, *own.calibration.drawn())
+    found = [times(efficiency) for efficiency in values]
+    return np.array([f[0] for f in found]), np.array([f[2] for f in found])
+
+
+def _too_small(model: Model, way: Way, options: Options) -> np.ndarray:
     """Returns the throughput of one sequence on all GPUs, as if it did fit."""
     group = int(min(way.system.count, search.MOST_TP, way.system.gpu.domain.value))
-    found = search.evaluate(model, way.recipe, way.system, Layout(group), 1, way.load, options)
-    return float(found.throughput[0])
+    layout = Layout(np.array([group]), np.array([1]), np.array([1]), np.array([1]))
+    return _throughputs(model, way, layout, np.ones(1), options)[1][:, 0]
 
 
 def _attribute(basis, a, b, names, throughput, missed) -> Attribution:
-    known: dict[frozenset, float] = {}
+    known: dict[frozenset, np.ndarray] = {}
 
-    def value(chosen: frozenset) -> float:
+    def value(chosen: frozenset) -> np.ndarray:
         if chosen not in known:
-            known[chosen] = math.log(throughput(mixed(a, b, chosen)))
+            known[chosen] = np.log(throughput(mixed(a, b, chosen)))
         return known[chosen]
 
     shares = shapley(names, value)
-    before, after = math.exp(value(frozenset())), math.exp(value(frozenset(names)))
-    factors = {name: math.exp(share) for name, share in shares.items()}
-    return Attribution(basis, before, after, factors, missed[0], len(known))
+    before, after = value(frozenset()), value(frozenset(names))
+    factors = {name: float(np.exp(share[0])) for name, share in shares.items()}
+    spread = shares | {"gain": after - before}
+    intervals = {
+        n: tuple(np.exp(np.quantile(x[1:], [0.1, 0.9])).tolist()) for n, x in spread.items()
+    }
+    ends = (float(np.exp(before[0])), float(np.exp(after[0])))
+    return Attribution(basis, *ends, factors, intervals, missed[0], len(known))

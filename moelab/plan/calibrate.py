@@ -240,20 +240,20 @@ def band(found: dict[float, Data], fitted: Fit, keep=lambda _: True, folds: int 
     return float(low), float(high)
 
 
-def intervals(found: dict[float, Data], fitted: Fit, draws: int = 20) -> np.ndarray:
-    """Resamples sweeps and draws the priors' centres anew: 80 % intervals of the values, (2, parameters)."""
+def draws(found: dict[float, Data], fitted: Fit, count: int = 20) -> np.ndarray:
+    """Resamples sweeps and draws the priors' centres anew: so many other values that could be, (count, parameters)."""
     rows = found[fitted.skew]
     names = [sweep(row) for row in rows.rows]
     unique = sorted(set(names), key=str)
     index_n = np.array([unique.index(name) for name in names])
     generator, thetas = np.random.default_rng(0), []
-    for _ in range(draws):
-        count = np.bincount(
+    for _ in range(count):
+        times = np.bincount(
             generator.integers(len(unique), size=len(unique)), minlength=len(unique)
         )
         shift = generator.normal(size=len(PARAMETERS))
-        thetas.append(_fit(rows, fitted.skew, count[index_n].astype(float), shift).theta)
-    return np.quantile(np.array(thetas), [0.1, 0.9], axis=0)
+        thetas.append(_fit(rows, fitted.skew, times[index_n].astype(float), shift).theta)
+    return np.array(thetas)
 
 
 def sweep(row: Row) -> tuple:

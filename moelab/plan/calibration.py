@@ -26,6 +26,7 @@ class Calibration:
     Attributes:
       values: parameter -> value.
       intervals: parameter -> 80 % interval over resampled sweeps.
+      draws: parameter -> other values that could be, one per draw of sweeps and priors, to carry uncertainty on.
       skew: exponent of the experts' loads.
       band: 10 % and 90 % quantiles of log(measured / predicted) on sweeps that were left out.
       ranges: what the fitted rows span: number -> (least, most), or names.
@@ -35,6 +36,7 @@ class Calibration:
 
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
+    draws: Mapping[str, tuple[float, ...]]
     skew: float
     band: tuple[float, float]
     ranges: Mapping[str, tuple]
@@ -46,17 +48,12 @@ class Calibration:
     @property
     def efficiency(self) -> Efficiency:
         """For the roofline."""
-        v = self.values
-        return Efficiency(
-            compute=tuple(v[f"compute.{p}"] for p in ("bf16", "fp8", "fp4")),
-            memory=tuple(v[f"memory.{c}"] for c in ("bf16", "fp8", "fp4", "keys")),
-            link=(v["link.nvlink"], v["link.nic"]),
-            layer=tuple(v[f"layer.{e}"] for e in ("trtllm", "sglang", "vllm")),
-            collective=v["collective"],
-            step=v["step"],
-            mixing=v["mixing"],
-            drift=v["drift"],
-        )
+        return _efficiency(self.values)
+
+    def drawn(self) -> tuple[Efficiency, ...]:
+        """Returns the efficiencies of every draw."""
+        count = len(next(iter(self.draws.values())))
+        return tuple(_efficiency({n: d[i] for n, d in self.draws.items()}) for i in range(count))
 
     def outside(self, **asked) -> tuple[str, ...]:
         """Names what was asked for beyond the range of the fitted rows.
@@ -84,6 +81,19 @@ class Calibration:
         return math.exp(low), math.exp(high)
 
 
+def _efficiency(v: Mapping[str, float]) -> Efficiency:
+    return Efficiency(
+        compute=tuple(v[f"compute.{p}"] for p in ("bf16", "fp8", "fp4")),
+        memory=tuple(v[f"memory.{c}"] for c in ("bf16", "fp8", "fp4", "keys")),
+        link=(v["link.nvlink"], v["link.nic"]),
+        layer=tuple(v[f"layer.{e}"] for e in ("trtllm", "sglang", "vllm")),
+        collective=v["collective"],
+        step=v["step"],
+        mixing=v["mixing"],
+        drift=v["drift"],
+    )
+
+
 @functools.cache
 def shipped() -> Calibration:
     """Returns the calibration that comes with the package."""
@@ -100,7 +110,7 @@ def load(path: Path | str) -> Calibration:
         read = json.loads(Path(path).read_text(encoding="utf-8"))
         if read.pop("format") != FORMAT:
             raise KeyError("format")
-        for name in ("intervals", "ranges"):
+        for name in ("intervals", "draws", "ranges"):
             read[name] = {k: tuple(v) for k, v in read[name].items()}
         return Calibration(**read | {"band": tuple(read["band"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

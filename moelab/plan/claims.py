@@ -113,7 +113,8 @@ def _measured(shared: Setting, name: str) -> tuple[tuple[str, str], ...]:
 
 def _shares(found: Attribution) -> str:
     parts = ", ".join(f"{name} {factor:.2f}x" for name, factor in found.factors.items())
-    return f"modelled, {found.basis}: {found.gain:.2f}x = {parts}"
+    low, high = found.intervals["gain"]
+    return f"modelled, {found.basis}: {found.gain:.2f}x [{low:.2f}, {high:.2f}] = {parts}"
 
 
 def price_ratio(point: Point, basis: str) -> float | None:

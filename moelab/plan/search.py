@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from moelab.plan.figures import scaled
 from moelab.plan.hardware import System
 from moelab.plan.models import Model
 from moelab.plan.recipes import Recipe
-from moelab.plan.roofline import ENGINES
+from moelab.plan.roofline import ENGINES, Efficiency
 from moelab.plan.serving import Load
 from moelab.plan.work import Layout
 
@@ -153,9 +154,26 @@ def search(
       UserError: the limits leave nothing.
     """
     options = options or Options()
-    if load.p_E is None and model.experts:
-        skew = options.calibration.skew
-        load = dataclasses.replace(load, p_E=coverage.skewed(model.experts, model.k, skew))
+    layout, batch = candidates(model, recipe, system, load)
+    found = _time(model, recipe, system, layout, batch, skewed(model, load, options), options)
+    keep = (found.tpot <= options.most_tpot) & (found.ttft <= options.most_ttft)
+    if not keep.any():
+        raise UserError(
+            f"{model.name} in {recipe.name} on {system.name}: the limits leave nothing; the fastest configuration has "
+            f"{1e3 * found.tpot.min():.3g} ms per token, the shortest wait is {1e3 * found.ttft.min():.3g} ms"
+        )
+    return _keep(found, keep)
+
+
+def candidates(
+    model: Model, recipe: Recipe, system: System, load: Load
+) -> tuple[Layout, np.ndarray]:
+    """Lists every layout and batch that fits, one per row.
+
+    Raises:
+      DoesNotFit: none does.
+      HardwareError: the GPU lacks a precision of the recipe.
+    """
     for precision in recipe.precisions():
         system.gpu.peak(precision)
     every = layouts(model, system.count, int(system.gpu.domain.value))
@@ -164,15 +182,15 @@ def search(
         raise DoesNotFit(_too_large(model, recipe, system, every, load))
     pairs = [(i, b) for i in np.flatnonzero(most >= 1) for b in BATCHES if b <= most[i]]
     index, batch = (np.array(x) for x in zip(*pairs, strict=True))
-    chosen = _pick(every, index)
-    found = _time(model, recipe, system, chosen, batch.astype(float), load, options)
-    keep = (found.tpot <= options.most_tpot) & (found.ttft <= options.most_ttft)
-    if not keep.any():
-        raise UserError(
-            f"{model.name} in {recipe.name} on {system.name}: the limits leave nothing; the fastest configuration has "
-            f"{1e3 * found.tpot.min():.3g} ms per token, the shortest wait is {1e3 * found.ttft.min():.3g} ms"
-        )
-    return _keep(found, keep)
+    return _pick(every, index), batch.astype(float)
+
+
+def skewed(model: Model, load: Load, options: Options) -> Load:
+    """Returns the load with the calibrated inequality of the experts, where it has none of its own."""
+    if load.p_E is not None or not model.experts:
+        return load
+    p_E = coverage.skewed(model.experts, model.k, options.calibration.skew)
+    return dataclasses.replace(load, p_E=p_E)
 
 
 def _pick(layout: Layout, index) -> Layout:
@@ -214,34 +232,40 @@ def evaluate(
 ) -> Found:
     """Times given configurations, whether they fit or not."""
     options = options or Options()
-    if load.p_E is None and model.experts:
-        skew = options.calibration.skew
-        load = dataclasses.replace(load, p_E=coverage.skewed(model.experts, model.k, skew))
+    load = skewed(model, load, options)
     sizes = np.broadcast_arrays(layout.tp, layout.dp, layout.ep, layout.pp, batch)
     sizes = [np.atleast_1d(x) for x in sizes]
     return _time(model, recipe, system, Layout(*sizes[:4]), sizes[4].astype(float), load, options)
 
 
-def _time(model, recipe, system, layout, batch, load, options) -> Found:
-    gpu, values = system.gpu, options.calibration.efficiency
-    engine = ENGINES.index(options.engine)
+def timer(model, recipe, system, layout, batch, load, options) -> Callable:
+    """Counts the work of rows once and returns a function: efficiency -> (tpot, ttft, throughput), each (n,)."""
+    gpu, engine = system.gpu, ENGINES.index(options.engine)
     prepared = serving.prepare(model, recipe, gpu, layout, batch, load.isl, load.osl, load)
-    how = (values, engine, options.years, load.overlap)
-    tpot, ttft = serving.tpot(prepared, *how), serving.ttft(prepared, *how)
-    gpus = layout.gpus.astype(float)
-    rate = batch * layout.dp * layout.pp / tpot
-    if (
-        load.disaggregated
-    ):  # as many prefill GPUs as the prompts need, in the layout that costs least
-        cost = serving.prompt_time(prepared, *how) * gpus / (layout.dp * layout.pp)
-        fits = work.weight_bytes(model, recipe, layout) < gpu.memory.value * (1 - serving.RESERVED)
-        gpus = gpus + rate / load.osl * np.where(fits, cost, np.inf).min()
+    weights = work.weight_bytes(model, recipe, layout)
+    fits = weights < gpu.memory.value * (1 - serving.RESERVED)
+
+    def times(efficiency: Efficiency) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        how = (efficiency, engine, options.years, load.overlap)
+        tpot, gpus = serving.tpot(prepared, *how), layout.gpus.astype(float)
+        rate = batch * layout.dp * layout.pp / tpot
+        if load.disaggregated:  # as many prefill GPUs as the prompts need, where they cost least
+            cost = serving.prompt_time(prepared, *how) * gpus / (layout.dp * layout.pp)
+            gpus = gpus + rate / load.osl * np.where(fits, cost, np.inf).min()
+        return tpot, serving.ttft(prepared, *how), rate / gpus
+
+    return times
+
+
+def _time(model, recipe, system, layout, batch, load, options) -> Found:
+    times = timer(model, recipe, system, layout, batch, load, options)
+    tpot, ttft, throughput = times(options.calibration.efficiency)
     used = work.weight_bytes(model, recipe, layout)
     used = used + batch * work.kv_bytes(model, recipe, layout, load.isl + load.osl / 2)
     notes = _notes(model, recipe, system, layout, batch, load, options.calibration)
     bounds = np.array([options.calibration.bounds(bool(note)) for note in notes])
     return Found(
-        *(system, model, recipe, load, layout, batch, tpot, ttft, rate / gpus, used),
+        *(system, model, recipe, load, layout, batch, tpot, ttft, throughput, used),
         low=bounds[:, 0],
         high=bounds[:, 1],
         notes=notes,

@@ -152,7 +152,8 @@ def _peer(split, rows, ours, peak, band, count, progress) -> list[Score]:
 def ship(found: dict[float, Data]) -> calibration.Calibration:
     """Fits all rows: the calibration that predictions use."""
     fitted = calibrate.fit(found)
-    low, high = calibrate.intervals(found, fitted)
+    drawn = calibrate.draws(found, fitted)
+    low, high = np.quantile(drawn, [0.1, 0.9], axis=0)
     rows = found[fitted.skew].rows
     models = {r.model: measured.model(r.model) for r in rows}
     numbers = {
@@ -173,6 +174,9 @@ def ship(found: dict[float, Data]) -> calibration.Calibration:
         intervals={
             n: (float(f"{a:.3g}"), float(f"{b:.3g}"))
             for n, a, b in zip(calibrate.NAMES, low, high, strict=True)
+        },
+        draws={
+            n: tuple(float(f"{x:.3g}") for x in drawn[:, i]) for i, n in enumerate(calibrate.NAMES)
         },
         skew=fitted.skew,
         band=tuple(round(x, 4) for x in calibrate.band(found, fitted)),
