@@ -48,8 +48,8 @@ def compare(args: argparse.Namespace) -> int:
         ]
         output.print_table(("cause", "factor", "80 %", "what"), rows)
     output.note(
-        "factors multiply to the gain: Shapley values of log throughput over all orders of the causes; intervals are over "
-        "what the calibrated values could be, and not over what the form of the model gets wrong"
+        "factors multiply to the gain: Shapley values of log throughput over all orders of the causes; intervals are "
+        "over what the calibrated values could be, and not over what the form of the model gets wrong"
     )
     if found[1].missed:
         output.note(
