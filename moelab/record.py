@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moelab import balancing, data, environment, evaluate, metrics, report, schema, size
+from moelab import balancing, data, environment, evaluate, metrics, report, schema, scoring, size
 from moelab import config as configs
 from moelab.progress import note
 from moelab.report import card as cards
@@ -39,6 +39,11 @@ def conclude(session, config_file: str, overrides: list[str], command: str) -> d
     state = session.state
     done = evaluate.evaluate(config, state.params, state.router_state, dataset, "test", names)
     section = evaluate.section(config, dataset, "test", done)
+    if config.evaluation.tasks:
+        note(f"asking {len(config.evaluation.tasks)} tasks")
+        section["tasks"] = scoring.answer(
+            config, state.params, state.router_state, dataset, config.evaluation.tasks
+        )
     section["baselines"] = {"kneser_ney_bigram": _bigram(config, dataset, session.batches)}
     documents.write(workdir / documents.NAME, done.columns)
     num_steps = config.train.num_steps

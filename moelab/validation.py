@@ -260,6 +260,9 @@ def _names(config: ml_collections.ConfigDict) -> Iterator[Problem]:
                 yield Problem(path, f"must be one of {', '.join(names)}, got {value!r}")
     names, recipes = config.evaluation.precisions, importlib.import_module("moelab.quant.recipes")
     yield from _listed("evaluation.precisions", names, recipes.NAMES)
+    tasks = importlib.import_module("moelab.tasks").KINDS
+    if config.evaluation.tasks:
+        yield from _listed("evaluation.tasks", config.evaluation.tasks, tasks)
     if config.moe.implementation == "ragged_dot":  # better now than after the training
         packed = [name for name in names if name in recipes.NAMES and recipes.get(name).packed]
         if packed:

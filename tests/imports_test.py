@@ -29,6 +29,7 @@ RANKS = [
         "moelab.perplexity",
         "moelab.record",
         "moelab.routes",
+        "moelab.scoring",
     ],
     ["moelab.train"],
     ["moelab.launch"],
@@ -52,6 +53,8 @@ PLAIN = [
     "moelab.segregation",
     "moelab.spelling",
     "moelab.sweep_file",
+    "moelab.task",
+    "moelab.tasks",
     "moelab.trace",
     "moelab.validation",
 ]

@@ -83,6 +83,13 @@ def _running(commands) -> None:
     evaluate.add_argument(
         "--split", choices=("test", "validation"), default="test", help="which documents (test)"
     )
+    evaluate.add_argument(
+        "--tasks",
+        type=words.names,
+        default=(),
+        metavar="A,B",
+        help="ask the model these instead: all, or some of facts, minimal_pairs, recall, induction, ...",
+    )
     generate = words.add(
         commands, "generate", "running:generate", "continue a prompt with a run's model"
     )

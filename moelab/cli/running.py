@@ -116,6 +116,8 @@ def evaluate(args: argparse.Namespace) -> int:
     directory = _workdir(args)
     if args.precisions:
         check_precisions(args.precisions)
+    if args.tasks:
+        return _ask(args, directory)
     start_jax()
     from moelab import evaluate as evaluation
 
@@ -141,6 +143,36 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     step, tokens, documents = section["step"], section["tokens"], section["documents"]
     output.note(f"step {step}, {args.split} split: {tokens:,} tokens of {documents:,} documents")
+    return 0
+
+
+def _ask(args: argparse.Namespace, directory: Path) -> int:
+    """Asks a checkpoint the tasks of --tasks."""
+    from moelab import spelling, tasks
+
+    kinds = tasks.KINDS if args.tasks == ("all",) else args.tasks
+    for kind in kinds:
+        if kind not in tasks.KINDS:
+            guess = spelling.hint(kind, tasks.KINDS, "--tasks=")
+            raise UserError(
+                f"--tasks has no {kind!r}{guess or f'; there are all, {", ".join(tasks.KINDS)}'}"
+            )
+    if args.split != "test":
+        raise UserError("--tasks choose their text themselves; leave --split out")
+    start_jax()
+    from moelab import scoring
+    from moelab.report import tables, task_table
+
+    found = scoring.answer_run(
+        directory, kinds, step=args.step, precisions=args.precisions or ("float32",)
+    )
+    if args.json:
+        output.print_json(found)
+        return 0
+    if found["rows"]:
+        tables.print_table(task_table.make(found["rows"]))
+    for text in task_table.notes(found):
+        output.note(text)
     return 0
 
 

