@@ -156,7 +156,7 @@ def share_row(
         raise TaskError(f"{task}: nothing is left to ask")
     if len(groups) == len(value_N):
         found = stats.binomtest(round(float(value_N.sum())), len(value_N))
-        low, high = found.proportion_ci(method="wilson")
+        low, high = map(float, found.proportion_ci(method="wilson"))
         return Row(task, measure, float(value_N.mean()), low, high, chance, len(groups), "share")
     place = {name: i for i, name in enumerate(groups)}
     index_N = np.array([place[name] for name in group_N])

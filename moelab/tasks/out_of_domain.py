@@ -60,7 +60,7 @@ class Task:
             mine = nats[at : at + len(bytes_D)]
             at += len(bytes_D)
             bits_D = np.array([n.sum() for n in mine]) / math.log(2)
-            chance = bits * sum(n.size for n in mine) / bytes_D.sum()
+            chance = bits * sum(n.size for n in mine) / float(bytes_D.sum())
             rows.append(
                 task.ratio_row("out_of_domain", name, bits_D, bytes_D, chance, "bits per byte")
             )
