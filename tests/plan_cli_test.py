@@ -96,6 +96,7 @@ def test_a_page(capsys, tmp_path):
     text = path.read_text()
     assert code == 0 and f"wrote {path}" in err
     assert text.startswith("<!doctype html>") and "<svg" in text and "b200x8" in text
+    assert "mathdefault" not in text and ">100<" in text  # ticks are numbers
 
 
 @pytest.mark.parametrize(

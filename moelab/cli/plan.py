@@ -142,7 +142,7 @@ def _rows(found, price, args) -> list[tuple]:
                 f"{row['ttft_ms']:.0f}",
                 f"{row['used_bytes'] / 1e9:.0f}",
                 "-" if dollars is None else f"{dollars:.2f}",
-                f"{cost['joules_per_token']:.2g}",
+                f"{cost['joules_per_token']:.3g}",
                 "outside" if row["outside_calibrated_range"] else "ok",
             )
         )

@@ -226,23 +226,9 @@ def audit(args: argparse.Namespace) -> int:
     auditing_rows = auditing.by_gpu(found)
     output.print_table(("GPU", "rows judged", "impossible", "kernels", "up to"), auditing_rows)
     shown = bad[: args.rows]
-    columns = ("GPU", "kernel", "dtype", "shape", "measured us", "least us", "factor", "bound by")
-    output.print_table(
-        columns,
-        [
-            (
-                r.gpu,
-                r.kernel,
-                r.dtype,
-                r.shape,
-                f"{1e6 * r.seconds:.1f}",
-                f"{1e6 * r.least:.1f}",
-                f"{r.factor:.2f}",
-                r.reason,
-            )
-            for r in shown
-        ],
-    )
+    if shown:
+        columns = ("GPU", "kernel", "dtype", "shape", "measured us", "least us", "factor")
+        output.print_table((*columns, "bound by"), [_impossible(row) for row in shown])
     if len(bad) > len(shown):
         output.note(f"{len(bad) - len(shown)} more; --rows=N or --json")
     print("false positives that are not counted:")
@@ -253,6 +239,11 @@ def audit(args: argparse.Namespace) -> int:
     for why, count in found.skipped.items():
         output.note(f"{count} rows not judged: {why}")
     return 0
+
+
+def _impossible(row) -> tuple:
+    times = (f"{1e6 * row.seconds:.1f}", f"{1e6 * row.least:.1f}", f"{row.factor:.2f}")
+    return (row.gpu, row.kernel, row.dtype, row.shape, *times, row.reason)
 
 
 def facts(args: argparse.Namespace) -> int:

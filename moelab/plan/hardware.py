@@ -75,8 +75,8 @@ class Gpu:
         if precision not in self.peaks:
             able = [name for name, gpu in GPUS.items() if precision in gpu.peaks]
             raise HardwareError(
-                f"{self.name} has no {precision} tensor cores; it computes in {', '.join(self.peaks)}"
-                f" (weights may be stored in less: w4a16), and {precision} runs on {', '.join(able)}"
+                f"{self.name} has no {precision} tensor cores; it computes in {', '.join(self.peaks)}, with experts "
+                f"stored in 4 bits as nvfp4_w4a16, mxfp4_w4a16 or int4; {precision} runs on {', '.join(able)}"
             )
         return self.peaks[precision].value
 

@@ -30,6 +30,9 @@ def pareto(results: Sequence[Found]) -> canvas.Figure:
             axes.fill(x, y, color=color, alpha=0.12, lw=0)
         axes.set_yscale("log")
         axes.set_xscale("log")
+        for axis in (axes.xaxis, axes.yaxis):  # plain numbers: the canvas typesets no mathematics
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
         canvas.label_axes(axes, "tokens/s/user", "tokens/s/GPU")
         axes.legend(frameon=False)
         return canvas.Figure(
