@@ -1,21 +1,19 @@
-"""Runs the routing and balancing methods of experiments/, and makes experiments/README.md from what they left.
+"""Makes experiments/README.md from the runs of the routing and balancing methods of experiments/.
 
-    python bench/methods.py run [--seeds 0 1 2] [--jobs 1] [--only balance/none ...] [--workdir runs/methods]
-    python bench/methods.py collect [--workdir runs/methods]
+    moelab sweep --config=ablation --sweep=routing --seeds=0-2 --jobs=2 --workdir=runs/methods --drop_checkpoints
+    moelab sweep --config=ablation --sweep=balance --seeds=0-2 --jobs=2 --workdir=runs/methods --drop_checkpoints
+    python bench/methods.py [--workdir runs/methods]
 
-`run` skips what is finished, one process per run, all methods of a seed before the next seed. With several jobs, each
-has its share of the cores. `collect` writes a small JSON per method to experiments/baselines/ and the tables: bits per
-byte as a difference to the folder's reference, with seeds paired. With one seed the interval is over documents, and
-says so. Entries of seeds whose run directory is not here stay as they are.
+Writes a small JSON per method to experiments/baselines/ and the tables: bits per byte as a difference to the folder's
+reference, with seeds paired. With one seed the interval is over documents, and says so. Entries of seeds whose run
+directory is not here stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -27,7 +25,7 @@ import batch  # noqa: E402
 import numpy as np  # noqa: E402
 
 from moelab import config as configs  # noqa: E402
-from moelab import diagnostics, metrics, model  # noqa: E402
+from moelab import diagnostics, metrics, model, sweep_file  # noqa: E402
 from moelab.report import documents  # noqa: E402
 from moelab.report import statistics as intervals  # noqa: E402
 
@@ -47,30 +45,13 @@ def methods() -> list[str]:
     return sorted(found, key=lambda name: (name not in REFERENCE.values(), name))
 
 
-def directory(workdir: Path, method: str, seed: int) -> Path:
-    """Where a run lies."""
-    return workdir / f"{method.replace('/', '_')}-s{seed}"
-
-
-def run(options) -> int:
-    """Trains whatever is not finished; returns the number of failures."""
-    waiting = [
-        [functools.partial(_train, options.workdir, method, seed)]
-        for seed in options.seeds
-        for method in options.only or methods()
-        if not (directory(options.workdir, method, seed) / "result.json").is_file()
-    ]
-    return batch.run_chains(waiting, options.jobs)
-
-
-def _train(workdir: Path, method: str, seed: int, cores: list[int]) -> bool:
-    """Runs one method; returns whether it finished. Its checkpoints go: nothing reads them."""
-    print(f"{method}, seed {seed}", flush=True)
-    target = directory(workdir, method, seed)
-    words = [f"--config=experiments/{method}.py", f"--workdir={target}", f"--config.seed={seed}"]
-    good = batch.moelab("run", *words, cores=cores)
-    shutil.rmtree(target / "checkpoints", ignore_errors=True)
-    return good
+def finished(workdir: Path) -> dict[tuple[str, int], Path]:
+    """The run directories of a sweep's finished points, by method and seed."""
+    if not sweep_file.is_sweep(workdir):
+        return {}
+    points = (p for p in sweep_file.read(workdir).points if p.status == sweep_file.FINISHED)
+    split = ((point.name.rpartition("-seed="), point.directory) for point in points)
+    return {(method, int(seed)): workdir / name for (method, _, seed), name in split}
 
 
 def summary(target: Path, seed: int) -> dict:
@@ -117,8 +98,9 @@ def _specialisation(share_MGE: list) -> float | None:
 
 
 def collect(options) -> int:
-    """Writes the summaries and the tables."""
-    found = {method: entries for method in methods() if (entries := _entries(options, method))}
+    """Writes the summaries and the tables; returns the exit code."""
+    runs = finished(options.workdir)
+    found = {method: entries for method in methods() if (entries := _entries(runs, method))}
     for method, entries in found.items():
         target = _baseline(method)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,18 +114,15 @@ def _baseline(method: str) -> Path:
     return ROOT / "experiments" / "baselines" / f"{method}.json"
 
 
-def _entries(options, method: str) -> list[dict]:
+def _entries(runs: dict[tuple[str, int], Path], method: str) -> list[dict]:
     """The method's summaries by seed: of the runs that are here, and of earlier ones from the baselines."""
     path = _baseline(method)
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     entries = {entry["seed"]: entry for entry in known}
     reference = REFERENCE[method.partition("/")[0]]
-    for seed in range(100):
-        target = directory(options.workdir, method, seed)
-        if not (target / "result.json").is_file():
-            continue
+    for seed, target in ((s, path) for (name, s), path in runs.items() if name == method):
         entries[seed] = summary(target, seed)
-        other = directory(options.workdir, reference, seed) / documents.NAME
+        other = runs.get((reference, seed), Path()) / documents.NAME
         if method != reference and other.is_file():
             pair = [documents.read(path) for path in (other, target / documents.NAME)]
             difference = intervals.bits_per_byte_between(*pair, PRECISION)
@@ -275,18 +254,8 @@ def picture(found: dict, path: Path) -> None:
 def main() -> int:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
-    for name, function in (("run", run), ("collect", collect)):
-        command = commands.add_parser(name)
-        command.set_defaults(function=function)
-        command.add_argument("--workdir", type=Path, default=ROOT / "runs" / "methods")
-        if name == "run":
-            command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-            command.add_argument("--jobs", type=int, default=1)
-            command.add_argument("--only", action="append", metavar="FOLDER/NAME")
-    options = parser.parse_args()
-    options.workdir = options.workdir.absolute()
-    return options.function(options)
+    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "methods")
+    return collect(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,55 @@ Lab book
 
 import ml_collections
 
+# The files of routing/ and balance/, each folder's reference first.
+ROUTING = (
+    "top_k",
+    "base",
+    "batch_priority",
+    "coarse",
+    "cosine",
+    "expert_choice",
+    "fine_grained",
+    "group_limited_max",
+    "group_limited_sum",
+    "gshard",
+    "hash_balanced",
+    "hash_random",
+    "noisy_top_k",
+    "olmoe",
+    "oracle",
+    "remoe",
+    "select_then_softmax",
+    "shared_expert",
+    "sigmoid_bias",
+    "sinkhorn",
+    "soft_moe",
+    "sqrt_softplus",
+    "switch",
+    "top_p",
+    "uniform",
+    "zero_computation",
+)
+BALANCE = (
+    "switch_loss",
+    "adaptive",
+    "capacity_100",
+    "capacity_125",
+    "capacity_200",
+    "global_batch",
+    "importance",
+    "loss_free_bias",
+    "micro_batch",
+    "mutual_information",
+    "none",
+    "quantile_ema",
+    "quantile_exact",
+    "quantile_histogram",
+    "quantile_local",
+    "sequence",
+    "z_loss",
+)
+
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the fields that differ from the defaults of moelab/schema.py."""
@@ -29,3 +78,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation = dict(tokens_per_domain=8192, batch_size=32, precisions=("float32",))
     config.checkpoint = dict(every=150)
     return config
+
+
+def sweep_routing():
+    """Every file of routing/."""
+    for name in ROUTING:
+        yield {"name": f"routing/{name}", "config": f"routing/{name}"}
+
+
+def sweep_balance():
+    """Every file of balance/."""
+    for name in BALANCE:
+        yield {"name": f"balance/{name}", "config": f"balance/{name}"}

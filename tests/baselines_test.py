@@ -138,9 +138,11 @@ class TestCards:
         )
 
     def test_a_seed_is_added_and_replaced(self, tmp_path, two_arms):
-        runs = load_all([make(tmp_path, "plain", 7), tmp_path / "plain-1"])[0]
-        baselines.add(runs, "a", two_arms)
-        assert sorted(baselines.read_arm(baselines.find("plain", two_arms))) == [0, 1, 2, 7]
+        again = make(tmp_path / "again", "plain", 1, shift=0.5)
+        baselines.add(load_all([make(tmp_path, "plain", 7), again])[0], "a", two_arms)
+        entries = baselines.read_arm(baselines.find("plain", two_arms))
+        assert sorted(entries) == [0, 1, 2, 7]
+        assert entries[1]["card"] == cards.read(again) != cards.read(tmp_path / "plain-1")
 
     def test_a_name_is_not_given_to_another_config(self, tmp_path, two_arms):
         runs = load_all([make(tmp_path / "x", "plain", 0, k=1)])[0]

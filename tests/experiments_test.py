@@ -63,3 +63,11 @@ def test_builds_a_model(source):
 
     found = launch.summary(config.load(source).config)
     assert 0 < found["parameters"]["active"] <= found["parameters"]["total"]
+
+
+def test_the_sweeps_of_the_ablation_are_all_of_its_folders():
+    _, sweeps = config_file.sweeps(str(ROOT / "experiments" / "ablation.py"))
+    for folder in ("routing", "balance"):
+        named = [point["config"] for point in sweeps[folder]()]
+        there = {f"{folder}/{path.stem}" for path in (ROOT / "experiments" / folder).glob("*.py")}
+        assert set(named) == there and len(named) == len(there)

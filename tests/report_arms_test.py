@@ -18,7 +18,7 @@ from scipy import stats
 
 from moelab import balance, report, routers, sweep_file
 from moelab.cli import main
-from moelab.report import arms, arms_plots, arms_tables, canvas, citations, latex, paired
+from moelab.report import arms, arms_plots, arms_tables, canvas, citations, crossing, latex, paired
 from moelab.report import card as cards
 from moelab.report.tables import Cell, Table
 
@@ -263,6 +263,52 @@ def test_costs_that_differ_get_their_figure(swept):
     assert figure.title == "Quality against compute"
     assert all(name in figure.svg for name in costs)
     assert arms_plots.pareto(found, "seconds") is None  # all alike
+
+
+class TestCrossing:
+    """plain at 1e6 FLOPs per token, worse at 2e6: curves that are lines in log FLOPs, equal at 4e10."""
+
+    def arm(self, name, per_token, slope, seeds=4, noise=0.0):
+        runs = {}
+        for seed in range(seeds):
+            rng = np.random.default_rng(seed)
+            records = []
+            for step in (10, 20, 40, 80):
+                flops = step * 1000 * per_token
+                bits = 2 + 0.01 * seed - slope * math.log(flops / 4e10) + noise * rng.normal()
+                record = {"kind": "evaluation", "split": "validation", "step": step}
+                records.append(record | {"bits_per_byte": {"all": bits}})
+            training = {"flops_per_token": per_token, "tokens": 80_000, "steps": 80}
+            card = {"name": name, "training": training, "seeds": {"seed": seed}}
+            runs[seed] = report.Run(Path(f"{name}{seed}"), card, records, None)
+        return arms.Arm(name, runs)
+
+    def test_two_lines(self):
+        plain, other = self.arm("plain", 1e6, 0.1), self.arm("other", 2e6, 0.2)
+        found = crossing.crossing(plain, other)
+        assert found.place == pytest.approx((4e10, 4e10, 4e10), rel=1e-6)
+        assert found.inside and found.b_gains
+        compared = arms.Comparison((plain, other), plain, "float32", {})
+        (note,) = crossing.notes(compared)
+        assert note == (
+            "other crosses plain at 4e+10 [4e+10, 4e+10] training FLOPs, better beyond."
+        )
+        figure = crossing.figure(compared)
+        assert "other crosses plain" in figure.caption and "training FLOPs" in figure.svg
+
+    def test_what_is_not_shown_is_not_said(self):
+        plain, other = self.arm("plain", 1e6, 0.1), self.arm("other", 2e6, 0.1, noise=0.01)
+        compared = arms.Comparison((plain, other), plain, "float32", {})
+        (note,) = crossing.notes(compared)
+        assert "no crossing is shown" in note
+
+    def test_arms_of_equal_cost_or_without_looks_are_not_asked(self, compared):
+        plain = self.arm("plain", 1e6, 0.1)
+        same = arms.Comparison((plain, self.arm("b", 1e6, 0.2)), plain, "float32", {})
+        assert crossing.notes(same) == [] and crossing.figure(same) is None
+        assert crossing.notes(compared) == []
+        assert crossing.crossing(plain, self.arm("b", 2e6, 0.2, seeds=1)) is None
+        assert crossing.crossing(plain, self.arm("b", 1e9, 0.2)) is None  # no budget in common
 
 
 def test_the_front_is_what_nothing_beats():

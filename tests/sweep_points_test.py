@@ -133,6 +133,7 @@ def test_the_base_has_sweeps_too_and_the_file_may_replace_one(write):
         ("def sweep_a():\n    yield {'router.k': 2.5}", ["a"], "--config.router.k wants int, got"),
         ("def sweep_a():\n    yield {'router.k': 9}", ["a"], "point k=9: router.k must be at most"),
         ("def sweep_a():\n    yield {'router.k': None}", ["a"], "point 1: router.k has no value"),
+        ("def sweep_a():\n    yield {'evaluation.precisions': ('a,b',)}", ["a"], "has a comma"),
         ("def sweep_a():\n    yield {'name': 3}", ["a"], "point 1: name wants a str, got int 3"),
         ("def sweep_a():\n    yield [1]", ["a"], "x.py: sweep_a wants to yield dicts"),
         ("def sweep_a():\n    yield from ()", ["a"], "x.py: sweep_a yields no point"),

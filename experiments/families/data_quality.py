@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = dict(dtype="bfloat16")
     config.train = dict(num_steps=400)
     config.checkpoint = dict(every=400)
-    config.evaluation = dict(every=400, precisions=("float32", "bf16", "nvfp4_w", "nvfp4_wa"))
+    config.evaluation = dict(every=80, precisions=("float32", "bf16", "nvfp4_w", "nvfp4_wa"))
     return config
 
 

@@ -12,6 +12,7 @@ from moelab.report import (
     canvas,
     citations,
     compare,
+    crossing,
     facts,
     latex,
     page,
@@ -82,7 +83,8 @@ def _markdown(comparison: Comparison, notes: Sequence[str]) -> str:
     parts += [f"> **Note.** {note}\n" for note in (*notes, *warnings(comparison))]
     main, points = arms_tables.main_table(comparison), arms_tables.points_table(comparison)
     parts += [f"{main.title}.\n", tables.to_markdown(main)]
-    parts += ["\n".join(f"- {note}" for note in arms_tables.notes(comparison)) + "\n"]
+    told = [*arms_tables.notes(comparison), *crossing.notes(comparison)]
+    parts += ["\n".join(f"- {note}" for note in told) + "\n"]
     parts += [arms_tables.limits(comparison) + "\n"]
     parts += ["## Every point\n", points.title + ".\n", tables.to_markdown(points)]
     differing = compare.config_table(_named(comparison))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moelab.report import canvas, heat_maps
+from moelab.report import canvas, crossing, heat_maps
 from moelab.report import formatting as fmt
 from moelab.report.arms import Arm, Comparison
 from moelab.report.documents import ALL
@@ -25,7 +25,7 @@ def figures(comparison: Comparison) -> list[canvas.Figure]:
     """Draws every figure that the cards and journals allow."""
     made = [differences(comparison), curves(comparison)]
     made += [pareto(comparison, axis) for axis in COSTS]
-    made.append(domains(comparison))
+    made += [crossing.figure(comparison), domains(comparison)]
     return [figure for figure in made if figure is not None]
 
 

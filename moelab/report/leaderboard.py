@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moelab.report import arms, arms_tables, baselines, tables
+from moelab.report import arms, arms_tables, baselines, crossing, tables
 from moelab.report.baselines import Family
 from moelab.report.runs import Run
 
@@ -68,7 +68,8 @@ def _table(found: Family, wanted, chosen: list[arms.Arm]) -> str:
     )
     main = arms_tables.main_table(compared)
     parts = [f"{main.title}.\n", tables.to_markdown(main)]
-    parts += [f"- {note}" for note in arms_tables.notes(compared)]
+    told = [*arms_tables.notes(compared), *crossing.notes(compared)]
+    parts += [f"- {note}" for note in told]
     if missing:
         parts.append(f"- Not run yet: {', '.join(missing)}.")
     parts += ["", arms_tables.limits(compared) + "\n"]

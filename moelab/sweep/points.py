@@ -144,6 +144,8 @@ def _part(sweep: str, number: int, values: Mapping) -> _Part:
             raise SweepError(f"sweep_{sweep}, point {number}: {key} wants a str, got {got}")
     fields = dict(configs.flatten({k: v for k, v in values.items() if k not in special}))
     for path, value in fields.items():
+        if isinstance(value, list | tuple) and any("," in str(item) for item in value):
+            raise SweepError(f"sweep_{sweep}, point {number}: an item of {path} has a comma")
         if value is None or isinstance(value, Mapping | ml_collections.ConfigDict):
             raise SweepError(f"sweep_{sweep}, point {number}: {path} has no value")
     name = special.get("name") or _readable(fields) or special.get("config", f"{sweep}{number}")

@@ -1,0 +1,123 @@
+"""Where one arm overtakes another as compute grows: validation against training FLOPs, and the crossing's interval.
+
+S seeds, X budgets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from moelab.report import canvas, fits
+from moelab.report import formatting as fmt
+from moelab.report.arms import Arm, Comparison
+from moelab.report.documents import ALL
+from moelab.report.runs import Run
+
+_BUDGETS = 5  # at which two curves are compared, evenly spaced in log FLOPs over what both have
+
+
+def validation(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Returns training FLOPs and bits per byte on the validation split at each look; both empty without one."""
+    training = run.card["training"]
+    per_token, tokens, steps = (
+        fmt.number(training.get(k)) for k in ("flops_per_token", "tokens", "steps")
+    )
+    found = []
+    for record in run.records("evaluation"):
+        bits = fmt.number((record.get("bits_per_byte") or {}).get(ALL))
+        if record.get("split") == "validation" and bits is not None and math.isfinite(bits):
+            found.append((record["step"], bits))
+    if not (found and per_token and tokens and steps):
+        return np.empty(0), np.empty(0)
+    step_X, bits_X = np.array(found, float).T
+    return step_X * tokens / steps * per_token, bits_X
+
+
+def crossing(base: Arm, arm: Arm) -> fits.Crossover | None:
+    """Finds where two arms are equal in validation bits per byte at equal FLOPs; None where it cannot be asked.
+
+    Seeds that both have are compared at budgets that all of them cover, their curves interpolated in log FLOPs.
+    """
+    seeds = sorted(base.runs.keys() & arm.runs.keys())
+    curves = [[validation(a.runs[seed]) for seed in seeds] for a in (base, arm)]
+    ends = [(flops.min(), flops.max()) for side in curves for flops, _ in side if flops.size > 1]
+    if len(ends) < 2 * len(seeds) or len(seeds) < 2:
+        return None
+    low, high = max(end[0] for end in ends), min(end[1] for end in ends)
+    if not low < high:
+        return None
+    budget_X = np.geomspace(low, high, _BUDGETS)
+    a_SX, b_SX = (
+        np.array([np.interp(np.log(budget_X), np.log(f), bits) for f, bits in side])
+        for side in curves
+    )
+    return fits.crossover(budget_X, a_SX, b_SX)
+
+
+def _asked(comparison: Comparison) -> bool:
+    """Whether arms differ in compute: else the learning curves say it all."""
+    costs = {
+        tuple(fmt.number(arm.first.card["training"].get(k)) for k in ("flops_per_token", "tokens"))
+        for arm in comparison.arms
+    }
+    return len(costs) > 1
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Says of each arm where it crosses the reference, or that no crossing is shown."""
+    if not _asked(comparison):
+        return []
+    told = []
+    for arm in comparison.arms:
+        found = None if arm is comparison.reference else crossing(comparison.reference, arm)
+        if found is None:
+            continue
+        place, base = found.place, comparison.reference.name
+        if found.inside and place.high < math.inf:
+            way = "better beyond" if found.b_gains else "worse beyond"
+            bounds = f"[{place.low:.2g}, {place.high:.2g}]"
+            told.append(
+                f"{arm.name} crosses {base} at {place.estimate:.2g} {bounds} training FLOPs, {way}."
+            )
+        else:
+            told.append(
+                f"{arm.name} and {base}: no crossing is shown within the FLOPs that both have."
+            )
+    return told
+
+
+def figure(comparison: Comparison) -> canvas.Figure | None:
+    """Draws validation against training FLOPs: mean over seeds, band from the lowest to the highest."""
+    shown = [(arm, *_mean_curve(arm)) for arm in comparison.arms] if _asked(comparison) else []
+    shown = [found for found in shown if found[1].size > 1]
+    if len(shown) < 2:
+        return None
+    with canvas.single(3.8) as (drawing, axes):
+        for i, (arm, flops_X, bits_SX) in enumerate(shown):
+            color = canvas.PALETTE[i % len(canvas.PALETTE)]
+            style = ("-", "--", ":")[i // len(canvas.PALETTE) % 3]
+            if len(bits_SX) > 1:
+                low_X, high_X = bits_SX.min(axis=0), bits_SX.max(axis=0)
+                axes.fill_between(flops_X, low_X, high_X, color=color, alpha=0.18, lw=0)
+            axes.plot(flops_X, bits_SX.mean(axis=0), style, color=color, lw=1.6, label=arm.name)
+        axes.set_xscale("log")
+        axes.legend(frameon=False, loc="upper right", ncols=2 if len(shown) > 4 else 1)
+        canvas.label_axes(axes, "training FLOPs", "bits per byte, validation")
+        return canvas.Figure(
+            "Validation against compute",
+            "As trained, on the validation split; mean over seeds, band from the lowest to the highest. Where a "
+            "schedule decays at its end, earlier points are of an undecayed learning rate. "
+            + " ".join(notes(comparison)),
+            canvas.to_svg(drawing, "compute"),
+        )
+
+
+def _mean_curve(arm: Arm) -> tuple[np.ndarray, np.ndarray]:
+    curves: Sequence[tuple[np.ndarray, np.ndarray]] = [validation(r) for r in arm.runs.values()]
+    lengths = {flops.size for flops, _ in curves}
+    if len(lengths) != 1:  # seeds that looked at other steps
+        return np.empty(0), np.empty((0, 0))
+    return curves[0][0], np.array([bits for _, bits in curves])
