@@ -173,6 +173,44 @@ def test_validate(capsys):
     assert "aiconfigurator: 4 of 4 rows" in err
 
 
+ROWS = """model,gpu,precision,tp,ep,batch,isl,osl,engine,date,tpot_ms
+deepseek_v3,b200,nvfp4+kv8,8,1,32,1024,1024,sglang,2025-11-10,18.48
+gpt_oss_120b,h200,mxfp4_w4a16,1,,4,1024,1024,vllm,2026-03-27,6.33
+"""
+
+
+def test_rows_of_ones_own(capsys, tmp_path):
+    """Two rows of the wheel, as its own table would be written."""
+    path = tmp_path / "rows.csv"
+    path.write_text(ROWS)
+    code, out, _ = run(capsys, "validate", str(path), "--json")
+    read = json.loads(out)
+    assert code == 0 and read["score"]["rows"] == 2
+    for row in read["rows"]:
+        assert row["low"] < row["predicted"] < row["high"]
+        assert 0.5 < row["predicted"] / row["measured"] < 1.5 and row["outside"] == []
+    code, out, _ = run(capsys, "validate", str(path))
+    assert code == 0 and "18.48" in out and "median error" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model,gpu\nx,y\n", "precision, tp, batch, isl, osl, tpot_ms is not there"),
+        (ROWS.replace("b200", "b20"), "row 0: no GPU 'b20'; did you mean b200"),
+        (ROWS.replace("sglang", "mine"), "row 0: engine 'mine' is none of trtllm"),
+        (ROWS.replace("6.33", "-1"), "row 1: sizes and times are above 0"),
+        (ROWS.replace("2025-11-10", "soon"), "row 0: Invalid isoformat"),
+        ("", "is no table"),
+    ],
+)
+def test_wrong_rows_of_ones_own(capsys, tmp_path, text, message):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    code, _, err = run(capsys, "validate", str(path))
+    assert code == 2 and message in err
+
+
 def test_a_calibration_comes_back(tmp_path):
     calibration.save(tmp_path / "x.json", calibration.shipped())
     assert calibration.load(tmp_path / "x.json") == calibration.shipped()

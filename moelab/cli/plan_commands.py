@@ -238,8 +238,15 @@ def _compare(below) -> None:
 
 
 def _validate(below) -> None:
-    text = "errors on measured rows of models and GPUs that were held out"
+    text = "errors on measured rows of models and GPUs that were held out, or on your own"
     validate = words.add(below, "validate", "plan_reports:validate", text)
+    validate.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        default="",
+        help="your own rows: model, gpu, precision, tp, batch, isl, osl, tpot_ms (the wheel's)",
+    )
     validate.add_argument(
         "--peer_rows",
         type=words.integer,

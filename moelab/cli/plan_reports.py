@@ -116,7 +116,9 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def validate(args: argparse.Namespace) -> int:
-    """Prints errors on held-out rows beside the plain roofline and aiconfigurator."""
+    """Prints errors on held-out rows beside the plain roofline and aiconfigurator, or on rows of one's own."""
+    if args.file:
+        return _own_rows(args)
     from moelab.plan import calibrate, calibration, measured, named, validation
 
     rows, left = measured.rows()
@@ -149,18 +151,7 @@ def validate(args: argparse.Namespace) -> int:
         return 0
     print(f"{len(rows)} rows used of {len(rows) + sum(left.values())}; left out by rule:")
     output.print_table(("rows", "rule"), [(count, rule) for rule, count in left.items()])
-    columns = (
-        "held out",
-        "rows of",
-        "who",
-        "rows",
-        "median error",
-        "90 % below",
-        "bias",
-        "rank",
-        "in band",
-    )
-    output.print_table(columns, [_score(s) for s in scores])
+    output.print_table(SCORE, [_score(s) for s in scores])
     for split, met in bars.items():
         words = ", ".join(f"{name} {'met' if ok else 'NOT met'}" for name, ok in met.items())
         print(f"{split}: {words}")
@@ -170,6 +161,46 @@ def validate(args: argparse.Namespace) -> int:
         "bars: median error <= 20 %, rank correlation >= 0.88, 75 to 85 % in the 80 % band; the form of the model and "
         "the rules were chosen by people who had seen these rows"
     )
+    return 0
+
+
+SCORE = (
+    "held out",
+    "rows of",
+    "who",
+    "rows",
+    "median error",
+    "90 % below",
+    "bias",
+    "rank",
+    "in band",
+)
+
+
+def _own_rows(args: argparse.Namespace) -> int:
+    from moelab.plan import own_rows
+
+    rows = own_rows.predict(Path(args.file))
+    score = own_rows.score(rows, args.file)
+    if args.json:
+        output.print_json(
+            {"score": dataclasses.asdict(score), "rows": [dataclasses.asdict(r) for r in rows]}
+        )
+        return 0
+    columns = ("row", "measured ms", "predicted ms", "80 %", "ratio", "range")
+    cells = [
+        (
+            r.what,
+            f"{1e3 * r.measured:.2f}",
+            f"{1e3 * r.predicted:.2f}",
+            f"[{1e3 * r.low:.2f}, {1e3 * r.high:.2f}]",
+            f"{r.predicted / r.measured:.2f}",
+            "outside" if r.outside else "ok",
+        )
+        for r in rows
+    ]
+    output.print_table(columns, cells)
+    output.print_table(("file", *SCORE[1:]), [_score(score)])
     return 0
 
 

@@ -9,6 +9,7 @@
     prices                      dollars per GPU-hour by basis, dollars and joules per token, break-even ratios
     measured, calibrate, calibration, validation, peer
                                 measured rows of an optional wheel; the fit; what it gave; how good it is beside others
+    named, own_rows             published rates in no fit; rows of your own, predicted
     physics, audit              least possible times; rows of a table that are faster
     attribution, evidence, claims
                                 what a gain is due to (Shapley); what others measured; claims, tests, verdicts
