@@ -148,6 +148,15 @@ def test_two_sweeps_in_one_directory_are_refused(made):
         made.run()
 
 
+def test_points_of_a_sweep_that_runs_are_running(made):
+    directory = made.directory()
+    directory.entries[0].status = "running"  # and its run has not come to its lock yet
+    directory.write()
+    with made.directory().exclusive():
+        assert statuses(made.directory()) == ["running", WAITING, WAITING]
+    assert statuses(made.directory()) == [INTERRUPTED, WAITING, WAITING]
+
+
 def test_directories_of_something_else_are_refused(made):
     made.path.mkdir()
     (made.path / "thesis.txt").touch()

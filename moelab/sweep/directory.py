@@ -49,8 +49,11 @@ class Directory:
         self.entries = [_entry(point, earlier) for point in points]
         mine = {entry.directory for entry in self.entries}
         self.others = [entry for name, entry in earlier.items() if name not in mine]
+        # While another sweep runs here, its points may be starting: what it says of them holds.
+        alive = _held(self.path / ".lock")
         for entry in (*self.entries, *self.others):
-            self._look(entry)
+            if not (alive and entry.status == RUNNING):
+                self._look(entry)
 
     def _earlier(self) -> dict[str, Entry]:
         if self.path.exists() and not self.path.is_dir():
@@ -122,15 +125,7 @@ class Directory:
 
     def _is_locked(self, entry: Entry) -> bool:
         """Says whether a process works in the run directory (moelab.train holds its lock)."""
-        path = self.run_directory(entry) / ".lock"
-        if not path.is_file():
-            return False
-        with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return _held(self.run_directory(entry) / ".lock")
 
     def wait_for_orphans(self, note: Callable[[str], None]) -> None:
         """Waits until the runs of a sweep that was killed have saved their state and left."""
@@ -145,6 +140,18 @@ class Directory:
                     )
                 time.sleep(0.5)
             self._look(entry)
+
+
+def _held(lock: Path) -> bool:
+    """Says whether a process holds a lock file."""
+    if not lock.is_file():
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _entry(point: Point, earlier: dict[str, Entry]) -> Entry:
