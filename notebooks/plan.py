@@ -18,7 +18,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moelab.plan import claims, hardware, named, plots, published, recipes, search
+from moelab.plan import claims, hardware, joint, named, plots, published, recipes, search
 from moelab.plan.serving import Load
 
 shared, found = claims.report()
@@ -75,7 +75,7 @@ for claim in found:
 # activations, are separate, as they must be.
 
 # %%
-rows = claims.joint(shared)
+rows = joint.rows(shared)
 for row in rows:
     low, high = row["bits_per_byte"] - row["low"], row["high"] - row["bits_per_byte"]
     plt.errorbar(

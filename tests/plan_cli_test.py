@@ -21,12 +21,14 @@ def run(capsys, *words):
 
 
 def test_help_is_quick_and_imports_no_jax():
-    start = time.perf_counter()
     script = "import sys; from moelab import cli; cli.main(['plan', '--help']); sys.exit('jax' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert time.perf_counter() - start < 1.5  # a bar of 1 s on a quiet machine
+    seconds = []
+    for _ in range(3):  # the machine may be busy: the best of three
+        start = time.perf_counter()
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
     assert "compare" in done.stdout and "--hardware" in done.stdout
 
 

@@ -15,6 +15,7 @@ from moelab.plan import (
     evidence,
     figures,
     hardware,
+    joint,
     measured,
     named,
     prices,
@@ -24,6 +25,7 @@ from moelab.plan import (
     serving,
     training,
 )
+from moelab.plan import claim as claim_lib
 from moelab.plan.attribution import Way
 from moelab.plan.work import Layout
 
@@ -273,9 +275,9 @@ def test_every_claim_has_a_test_a_verdict_and_sources(report):
     _, found = report
     assert len(found) == 10 and len({c.name for c in found}) == 10
     for claim in found:
-        assert claim.verdict in claims.VERDICTS and claim.test and claim.because
+        assert claim.verdict in claim_lib.VERDICTS and claim.test and claim.because
         assert all(what and source for what, source in claim.evidence)
-    assert {c.verdict for c in found} == set(claims.VERDICTS)
+    assert {c.verdict for c in found} == set(claim_lib.VERDICTS)
 
 
 def test_verdicts_follow_from_the_numbers(report):
@@ -299,7 +301,7 @@ def test_verdicts_follow_from_the_numbers(report):
 
 def test_quality_is_joined_to_cost(report):
     shared, _ = report
-    rows = {row["precision"]: row for row in claims.joint(shared)}
+    rows = {row["precision"]: row for row in joint.rows(shared)}
     assert rows["fp8_wa"]["gain_over_fp8"] == 1
     nvfp4 = rows["nvfp4_wa"]
     assert nvfp4["low"] < nvfp4["bits_per_byte"] < nvfp4["high"] and nvfp4["gain_over_fp8"] > 1.1

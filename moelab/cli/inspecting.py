@@ -55,7 +55,9 @@ def listing(args: argparse.Namespace) -> int:
         keys = ("name", "file", "doc", "presets", "sweeps")
         output.print_json([dict(zip(keys, row, strict=True)) for row in found])
     else:
-        rows = [(name, _few(presets), _few(sweeps, 2), doc) for name, _, doc, presets, sweeps in found]
+        rows = [
+            (name, _few(presets), _few(sweeps, 2), doc) for name, _, doc, presets, sweeps in found
+        ]
         output.print_table(("config", "presets", "sweeps", "what it is"), rows)
     return 0
 

@@ -61,13 +61,13 @@ def compare(args: argparse.Namespace) -> int:
 def claims(args: argparse.Namespace) -> int:
     """Prints every claim with its verdict, and quality beside cost."""
     from moelab.plan import claims as tested
-    from moelab.plan import pages
+    from moelab.plan import joint, pages
 
     point = tested.Point(
         args.model, args.isl, args.osl, args.user, _pair(args.before), _pair(args.after)
     )
     shared, found = tested.report(point)
-    joint = tested.joint(shared)
+    rows = joint.rows(shared)
     notes = [
         f"operating point: {point}; from {args.before} to {args.after}",
         "modelled: by the shipped calibration, an 80 % band of 0.74 to 1.34 inside its range and 0.5 to 2 outside",
@@ -77,7 +77,7 @@ def claims(args: argparse.Namespace) -> int:
             {
                 "point": dataclasses.asdict(point),
                 "claims": [dataclasses.asdict(c) for c in found],
-                "joint": joint,
+                "joint": rows,
             }
         )
     else:
@@ -95,11 +95,11 @@ def claims(args: argparse.Namespace) -> int:
             "over FP8",
             "$/M tokens",
         )
-        output.print_table(columns, [pages.joint_row(row) for row in joint])
+        output.print_table(columns, [pages.joint_row(row) for row in rows])
         for note in notes:
             output.note(note)
     if args.out:
-        Path(args.out).write_text(pages.claims(shared, found, joint, notes), encoding="utf-8")
+        Path(args.out).write_text(pages.claims(shared, found, rows, notes), encoding="utf-8")
         output.note(f"wrote {args.out}")
     return 0
 

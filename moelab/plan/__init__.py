@@ -11,8 +11,9 @@
                                 measured rows of an optional wheel; the fit; what it gave; how good it is beside others
     named, own_rows             published rates in no fit; rows of your own, predicted
     physics, audit              least possible times; rows of a table that are faster
-    attribution, evidence, claims
-                                what a gain is due to (Shapley); what others measured; claims, tests, verdicts
+    attribution, evidence, claim, claims, joint
+                                what a gain is due to (Shapley); what others measured; claims, tests, verdicts;
+                                quality beside cost
     facts, plots, pages         the constants as tables; figures and HTML
 
 README.md beside this file says what is modelled, what is not, and how good it is.

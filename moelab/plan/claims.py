@@ -12,86 +12,12 @@ from collections.abc import Callable
 
 from moelab.plan import attribution, evidence, hardware, prices, published, recipes, search
 from moelab.plan.attribution import Attribution, Way
+from moelab.plan.claim import Claim, Point, Setting, setting
 from moelab.plan.figures import scaled
 from moelab.plan.serving import Load
 from moelab.plan.work import Layout
 
-VERDICTS = ("supported", "partly", "not supported", "not testable here")
 EVERYWHERE = ("owner", "neocloud", "hyperscaler")
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """Where the claims are tested.
-
-    Attributes:
-      model, isl, osl, user: model, prompt, answer, tokens/s/user.
-      before, after: system and precision: "h200x8", "fp8".
-    """
-
-    model: str = "deepseek_v3"
-    isl: int = 8192
-    osl: int = 1024
-    user: float = 50.0
-    before: tuple[str, str] = ("h200x8", "fp8")
-    after: tuple[str, str] = ("b200x8", "nvfp4")
-
-    def way(self, system: str, precision: str) -> Way:
-        """Makes one side."""
-        return Way(hardware.system(system), recipes.named(precision), Load(self.isl, self.osl))
-
-    def __str__(self) -> str:
-        return f"{self.model}, {self.isl} in, {self.osl} out, {self.user:g} tokens/s/user, no speculative decoding"
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """One claim and what became of it.
-
-    Attributes:
-      name, claim, test: short name, the claim, how it is tested.
-      evidence: (statement, source) pairs; the planner's own say "modelled".
-      verdict: one of VERDICTS.
-      because: the rule that gave the verdict, with its numbers.
-      bars: (label, value) for a plot, and what they are.
-    """
-
-    name: str
-    claim: str
-    test: str
-    evidence: tuple[tuple[str, str], ...]
-    verdict: str
-    because: str
-    bars: tuple[tuple[str, float], ...] = ()
-    unit: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What the claims share: the point, the attributions, the measured pairs and the quality gaps."""
-
-    point: Point
-    whole: Attribution
-    fp4_alone: Attribution
-    equal: Attribution
-    pairs: dict[str, evidence.Pairs]
-    gaps: tuple[evidence.Gap, ...]
-
-
-def setting(point: Point) -> Setting:
-    """Computes what the claims share."""
-    model = published.find(point.model)
-    before, after = point.way(*point.before), point.way(*point.after)
-    middle = point.way(point.after[0], point.before[1])
-    layout = Layout(min(after.system.count, 8))
-    return Setting(
-        point,
-        attribution.equal_interactivity(model, before, after, point.user),
-        attribution.equal_interactivity(model, middle, after, point.user),
-        attribution.equal_configuration(model, middle, after, layout, 32),
-        evidence.measured_pairs(),
-        evidence.quality(),
-    )
 
 
 def report(point: Point | None = None) -> tuple[Setting, tuple[Claim, ...]]:
@@ -411,47 +337,3 @@ TESTS: tuple[Callable[[Setting], Claim], ...] = (
     _verification,
     _data,
 )
-
-
-def joint(shared: Setting) -> list[dict]:
-    """Joins quality to cost: what each format loses in moelab's study beside what it gains at the operating point.
-
-    Returns:
-      one dict per format: precision, loss in bits per byte with its interval, modelled gain over FP8, and $ per million
-      output tokens by price basis.
-    """
-    point, rows = shared.point, []
-    model, system = published.find(point.model), hardware.system(point.after[0])
-    recipe_of = {
-        "fp8_wa": "fp8",
-        "nvfp4_w": "nvfp4_w4a16",
-        "nvfp4_wa": "nvfp4",
-        "mxfp4_w": "mxfp4_w4a16",
-        "mxfp4_wa": "mxfp4",
-    }
-    best = {}
-    for name in recipe_of.values():
-        found = search.search(model, recipes.named(name), system, Load(point.isl, point.osl))
-        row = found.at_speed(point.user)
-        best[name] = float(found.throughput[row]) if row is not None else float("nan")
-    for gap in shared.gaps:
-        if gap.precision not in recipe_of:
-            continue
-        throughput = best[recipe_of[gap.precision]]
-        costs = {
-            basis: prices.per_million(figure.value, throughput)
-            for basis, figure in prices.PRICES.get(system.gpu.name, {}).items()
-        }
-        rows.append(
-            {
-                "precision": gap.precision,
-                "label": gap.label,
-                "bits_per_byte": gap.bits[0],
-                "low": gap.bits[1],
-                "high": gap.bits[2],
-                "tokens_per_s_gpu": throughput,
-                "gain_over_fp8": throughput / best["fp8"],
-                "dollars_per_million": costs,
-            }
-        )
-    return rows

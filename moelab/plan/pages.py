@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moelab.plan import plots
-from moelab.plan.claims import Claim, Setting
+from moelab.plan.claim import Claim, Setting
 from moelab.plan.search import Found
 from moelab.report import canvas, page
 from moelab.report.tables import Cell, Table
@@ -76,7 +76,7 @@ def claims(shared: Setting, found: Sequence[Claim], joint: Sequence[dict], notes
 
 
 def joint_row(row: dict) -> tuple:
-    """Lays one format of `claims.joint` out."""
+    """Lays one format of `joint.rows` out."""
     costs = ", ".join(f"{basis} {cost:.2f}" for basis, cost in row["dollars_per_million"].items())
     return (
         row["label"],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moelab.plan.claims import Claim
+from moelab.plan.claim import Claim
 from moelab.plan.search import Found
 from moelab.report import canvas
 

@@ -1,0 +1,86 @@
+"""A claim, where it is tested, and what all tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moelab.plan import attribution, evidence, hardware, published, recipes
+from moelab.plan.attribution import Attribution, Way
+from moelab.plan.serving import Load
+from moelab.plan.work import Layout
+
+VERDICTS = ("supported", "partly", "not supported", "not testable here")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Where the claims are tested.
+
+    Attributes:
+      model, isl, osl, user: model, prompt, answer, tokens/s/user.
+      before, after: system and precision: "h200x8", "fp8".
+    """
+
+    model: str = "deepseek_v3"
+    isl: int = 8192
+    osl: int = 1024
+    user: float = 50.0
+    before: tuple[str, str] = ("h200x8", "fp8")
+    after: tuple[str, str] = ("b200x8", "nvfp4")
+
+    def way(self, system: str, precision: str) -> Way:
+        """Makes one side."""
+        return Way(hardware.system(system), recipes.named(precision), Load(self.isl, self.osl))
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.isl} in, {self.osl} out, {self.user:g} tokens/s/user, no speculative decoding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One claim and what became of it.
+
+    Attributes:
+      name, claim, test: short name, the claim, how it is tested.
+      evidence: (statement, source) pairs; the planner's own say "modelled".
+      verdict: one of VERDICTS.
+      because: the rule that gave the verdict, with its numbers.
+      bars: (label, value) for a plot, and what they are.
+    """
+
+    name: str
+    claim: str
+    test: str
+    evidence: tuple[tuple[str, str], ...]
+    verdict: str
+    because: str
+    bars: tuple[tuple[str, float], ...] = ()
+    unit: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the claims share: the point, the attributions, the measured pairs and the quality gaps."""
+
+    point: Point
+    whole: Attribution
+    fp4_alone: Attribution
+    equal: Attribution
+    pairs: dict[str, evidence.Pairs]
+    gaps: tuple[evidence.Gap, ...]
+
+
+def setting(point: Point) -> Setting:
+    """Computes what the claims share."""
+    model = published.find(point.model)
+    before, after = point.way(*point.before), point.way(*point.after)
+    middle = point.way(point.after[0], point.before[1])
+    layout = Layout(min(after.system.count, 8))
+    return Setting(
+        point,
+        attribution.equal_interactivity(model, before, after, point.user),
+        attribution.equal_interactivity(model, middle, after, point.user),
+        attribution.equal_configuration(model, middle, after, layout, 32),
+        evidence.measured_pairs(),
+        evidence.quality(),
+    )
