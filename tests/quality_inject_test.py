@@ -297,3 +297,19 @@ def test_bad_words_are_refused_with_what_was_meant(text, message):
 
 def test_labelled_is_clean_by_default():
     assert Labelled(Document("d", "i", "t")).label == Label("clean", 0.0, "")
+
+
+def test_what_is_kept_in_memory_changes_nothing(monkeypatch):
+    from moelab.data.quality import pool as pools
+
+    texts = ("token_noise share=0.3", "markup share=0.3", "duplicate share=0.2 copies=3")
+    make = lambda: Pool(Source(documents(100)), parse_injectors(texts), None)  # noqa: E731
+    kept = make()
+    first, second = list(kept.training()), list(kept.training())
+    assert kept._remembered[0] == 3 and first == second
+    next(kept.training())  # a pass that stops early
+    assert list(kept.training()) == first
+    monkeypatch.setattr(pools, "MEMORY", 100)
+    streamed = make()
+    assert list(streamed.training()) == first == list(streamed.training())
+    assert streamed._remembered is None

@@ -1,10 +1,11 @@
 """The training documents with their dirt in, as a stream that can be read again, and the clean ones to learn from.
 
-Nothing is kept in memory but one flag per document: every pass reads the source anew and makes the same dirt again.
+A corpus of more than MEMORY characters is not kept: every pass reads the source anew and makes the same dirt again.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from moelab.data.document import Document
 from moelab.data.quality import workers
 from moelab.data.quality.contract import CLEAN, Labelled
 from moelab.data.split import split_of
+
+MEMORY = 200_000_000  # characters up to which the text is kept between passes
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,6 +40,7 @@ class Pool:
         self.injectors = tuple(injectors)
         self.progress = progress or (lambda text, done, total: None)
         self._fitted: list[Any] = []
+        self._remembered: tuple[int, list[Labelled]] | None = None
         for number, injector in enumerate(self.injectors):
             self.progress(f"injecting {injector.kind}", 0, 0)
             self._fitted.append(injector.fit(self, lambda number=number: self._training(number)))
@@ -47,20 +51,49 @@ class Pool:
 
     def _training(self, count: int) -> Iterator[Labelled]:
         """Yields the training documents as the first `count` injectors leave them."""
-        stream = (
-            Labelled(document)
-            for document in self.source.documents()
-            if document.text and split_of(document.domain, document.id) == "train"
-        )
-        for injector, fitted in zip(self.injectors[:count], self._fitted, strict=False):
+        done, stream = 0, iter(())
+        if self._remembered and self._remembered[0] <= count:
+            done, documents = self._remembered
+            stream = iter(documents)
+        else:
+            stream = (
+                Labelled(document)
+                for document in self.source.documents()
+                if document.text and split_of(document.domain, document.id) == "train"
+            )
+        for injector, fitted in zip(self.injectors[done:count], self._fitted[done:], strict=False):
             stream = _injected(stream, injector, fitted)
-        return stream
+        return stream if self._remembered and done == count else self._remember(count, stream)
+
+    def _remember(self, count: int, stream: Iterator[Labelled]) -> Iterator[Labelled]:
+        """Keeps a small corpus in memory, once a pass over it is complete."""
+        found: list[Labelled] = []
+        size = 0
+        for one in stream:
+            size += len(one.document.text)
+            if size < MEMORY:
+                found.append(one)
+            yield one
+        if size < MEMORY:
+            self._remembered = (count, found)
 
     def documents(self) -> Iterator[Document]:
         """Yields the training documents that are left, without the truth about them."""
         for number, one in enumerate(self.training()):
             if self.alive_N is None or self.alive_N[number]:
                 yield one.document
+
+    @functools.cached_property
+    def _outline(self) -> tuple[np.ndarray, np.ndarray]:
+        rows = [(one.document.domain, len(one.document.text.encode())) for one in self.training()]
+        domains, sizes = zip(*rows, strict=True) if rows else ((), ())
+        return np.array(domains, object), np.array(sizes, np.int64)
+
+    def outline(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the domain and the UTF-8 bytes of each of `documents()`, without reading them again."""
+        domain_N, size_N = self._outline
+        alive_N = slice(None) if self.alive_N is None else self.alive_N
+        return domain_N[alive_N], size_N[alive_N]
 
     def validation(self) -> Iterator[Document]:
         """Yields the documents of the validation split: clean text, which no model is trained on."""

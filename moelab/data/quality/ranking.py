@@ -37,11 +37,8 @@ class RankingFilter(BaseFilter):
     def judge(self, pool) -> Verdicts:
         """Scores, then ranks within each domain."""
         score_N = self.scores(pool)
-        domains, size_N = [], []
-        for document in pool.documents():
-            domains.append(document.domain)
-            size_N.append(len(document.text.encode()))
-        kept_N = best(score_N, np.array(size_N), np.array(domains, object), self.keep)
+        domain_N, size_N = pool.outline()
+        kept_N = best(score_N, size_N, domain_N, self.keep)
         return Verdicts(score_N, kept_N, np.where(kept_N, "", "ranked_low").astype(object))
 
 
@@ -107,7 +104,7 @@ def clean_texts(pool, tool: BaseFilter, characters: int, seed: int) -> dict[str,
         seed,
         folds=False,
     )
-    wanted = {one.domain for one in pool.documents() if tool.applies(one.domain)}
+    wanted = {domain for domain in pool.outline()[0] if tool.applies(domain)}
     missing = sorted(wanted - {domain for domain, _ in found})
     if missing:
         raise DataError(

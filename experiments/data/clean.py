@@ -1,0 +1,33 @@
+"""Clean text: the control of `dirty.py` and `filtered.py`.
+
+    moelab run --config=experiments/data/clean.py --workdir=runs/clean
+
+The model of ../ablation.py with the Switch loss. The shares of the domains are fixed at those of the clean corpus, in
+all three files: dirt adds text to some domains more than to others, and the question is not which domain is larger.
+
+Lab book
+  machine    not measured
+  wall time  not measured
+  result     not measured
+  date       2026-11-29, schema 2
+"""
+
+import ml_collections
+
+BASE = "../ablation.py"
+PRESETS = {
+    "": {},
+    "epochs": {"mixture": {"epochs": 4.0}},  # a pool of a quarter of the run's tokens
+}
+
+
+def get_config(preset: str = "") -> ml_collections.ConfigDict:
+    """Returns what differs from the base."""
+    config = ml_collections.ConfigDict()
+    config.balance = dict(switch_loss=dict(coefficient=0.01))
+    config.mixture = dict(
+        domain_weights=("wiki_en=1416", "wiki_fr=1176", "wiki_es=892", "code=1424", "verse=1092"),
+        epochs=0.0,
+    )
+    config.update(PRESETS[preset])
+    return config
