@@ -13,7 +13,7 @@ import pytest
 from moelab import config, data, schema
 from moelab.cli import main
 from moelab.data import DataError, quality
-from moelab.data.quality import workers
+from moelab.data.quality import filters, workers
 
 BYTE, BPE = schema.Byte(), schema.Bpe(vocab_size=300)
 DIRT = ("word_shuffle share=0.3", "duplicate share=0.3 copies=3")
@@ -258,6 +258,10 @@ def test_commands(root, clean, tmp_path, monkeypatch, capsys):
     assert "precision" in printed and "removed of label" in printed and "substring" in printed
     assert main(["data", "show", *where, "--config.data.filter=exact"]) == 0
     assert "documents kept" in capsys.readouterr().out
+    assert main(["data", "tools", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    listed = {row["kind"] for row in rows if row["where"] == "data.filter"}
+    assert listed == set(filters.KINDS) and all(row["meaning"] for row in rows)
     for words, message in (
         (["data", "score", *where], "wants --tool=KIND, or a config with data.filter"),
         (

@@ -215,6 +215,16 @@ def test_minhash_estimates_jaccard_and_keeps_who_came_first():
     assert np.isnan(judge("minhash", ["..."]).score_N[0])  # no words, nothing to compare
 
 
+def test_minhash_compares_with_what_stays():
+    """The third is like the second, which goes, and less like the first: it stays."""
+    first = [f"w{i}" for i in range(400)]
+    second = [f"x{i}" if i in (50, 100, 150, 200) else word for i, word in enumerate(first)]
+    third = [f"y{i}" if i in (70, 120, 170, 220) else word for i, word in enumerate(second)]
+    # Each change touches five runs: 376 / 416 = 0.904 between neighbours, 356 / 436 = 0.817 between first and third.
+    texts = [" ".join(words) for words in (first, second, third)]
+    assert judge("minhash threshold=0.86 bands=64", texts).kept_N.tolist() == [True, False, True]
+
+
 def test_minhash_candidates_share_a_band():
     index, signatures = {}, []
     first = np.arange(8, dtype=np.uint32)
@@ -342,14 +352,14 @@ def test_truth_by_hand():
     table, _ = chain.score(Pool(Source(given), (), None), parse_filters(("exact",)))
     import dataclasses
 
-    # Removed are documents 1 and 2; suppose that 2 and 3 are dirty.
-    table = dataclasses.replace(table, kinds=(CLEAN, "noise"), kind_N=np.array([0, 0, 1, 1]))
+    # Removed are documents 1 and 2; suppose that only 2 is dirty.
+    table = dataclasses.replace(table, kinds=(CLEAN, "noise"), kind_N=np.array([0, 0, 1, 0]))
     found = truth.outcome(table, 0)
-    assert found["removed"] == 2 and found["precision"] == 0.5 and found["recall"] == 0.5
-    assert found["clean_removed"] == 0.5
-    # Pairs dirty-clean: scores (0, 1) against (1, 0): 0<1, 0=0, 1=1, 1>0 -> (1 + .5 + .5 + 0) / 4.
-    assert found["auc"] == 0.5
-    assert found["kinds"]["noise"] == {"documents": 2, "removed": 1, "auc": 0.5}
+    assert found["removed"] == 2 and found["precision"] == 1 / 2 and found["recall"] == 1
+    assert found["clean_removed"] == pytest.approx(1 / 3)
+    # The dirty one scores 0, the clean ones 1, 0, 1: below, equal, below.
+    assert found["auc"] == pytest.approx(2.5 / 3)
+    assert found["kinds"]["noise"] == {"documents": 1, "removed": 1, "auc": pytest.approx(2.5 / 3)}
     assert found["domains"]["d"] == {"documents": 4, "kept": 2, "bytes": 35, "kept_bytes": 17}
     assert found["reasons"] == {"duplicate": 2}
 

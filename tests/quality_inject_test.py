@@ -146,17 +146,24 @@ def test_word_shuffle_keeps_every_word_and_blank():
     ]
 
 
-def test_duplicate_meets_its_share():
-    # 100 documents of 10 bytes in train, R = 5, s = 0.2: b = .2 * 1000 / (5 * .8 + .2) = 47.6 -> 4 documents
-    # (40 bytes). Then 5 * 40 = 200 of 960 + 200 bytes: 17 %; with 5 documents it would be 20.8 %.
+@pytest.mark.parametrize(
+    ("share", "copies", "chosen"),
+    [
+        # 100 documents of 10 bytes, s = 0.2, R = 5: b = .2 * 1000 / (5 * .8 + .2) = 47.6, so 4 documents. They are then
+        # 5 * 40 of 960 + 200 bytes, 17 %; five would be 20.8 %.
+        (0.2, 5, 4),
+        (0.5, 2, 33),  # .5 * 1000 / (2 * .5 + .5) = 333: 2 * 330 of 670 + 660 bytes, 49.6 %
+    ],
+)
+def test_duplicate_meets_its_share(share, copies, chosen):
     train = (i for i in range(1000) if split_of("d", f"{i:03}") == "train")
     given = [
         Document("d", f"{i:03}", f"text   {i:03}") for _, i in zip(range(100), train, strict=False)
     ]
-    found = made(pooled("duplicate share=0.2 copies=5", given))
-    assert len(found["clean"]) == 100 and len(found["duplicate"]) == 4 * 4
+    found = made(pooled(f"duplicate share={share} copies={copies}", given))
+    assert len(found["clean"]) == 100 and len(found["duplicate"]) == chosen * (copies - 1)
     groups = collections.Counter(one.label.source for one in found["duplicate"])
-    assert set(groups.values()) == {4}
+    assert set(groups.values()) == {copies - 1}
     texts = {one.document.id: one.document.text for one in found["clean"]}
     assert all(one.document.text == texts[one.label.source] for one in found["duplicate"])
 

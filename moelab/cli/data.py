@@ -49,6 +49,34 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def tools(args: argparse.Namespace) -> int:
+    """Prints what data.inject and data.filter can name: kinds, fields, defaults, meanings."""
+    from moelab import fields
+    from moelab.data.quality import filters, inject
+
+    rows = [
+        {
+            "where": where,
+            "kind": kind,
+            "field": field.path.partition(".")[2],
+            "type": field.type,
+            "default": field.default,
+            "meaning": field.doc,
+        }
+        for where, folder, name in (
+            ("data.inject", inject, "Injector"),
+            ("data.filter", filters, "Filter"),
+        )
+        for kind in folder.KINDS
+        for field in fields.of_class(kind, getattr(folder.module(kind), name)).values()
+    ]
+    if args.json:
+        output.print_json({"rows": rows})
+    else:
+        output.print_table(list(rows[0]), [list(row.values()) for row in rows])
+    return 0
+
+
 def score(args: argparse.Namespace) -> int:
     """Prints what each filter, alone, makes of the training documents, and writes their scores."""
     from moelab import data

@@ -12,6 +12,8 @@ def declare(data) -> None:
         ("show", "describe the data; built first if need be"),
     ):
         words.add(data, name, f"data:{name}", text, words.takes_config)
+    text = "kinds of dirt and filters, with their fields"
+    words.add(data, "tools", "data:tools", text)
     text = "let filters judge all training documents, each alone; nothing is removed"
     score = words.add(data, "score", "data:score", text, words.takes_config)
     text = "build the data with filters, and say what each removed"
