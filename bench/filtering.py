@@ -24,7 +24,7 @@ from moelab import data  # noqa: E402
 from moelab.cli import quality_tables  # noqa: E402
 from moelab.data import sources  # noqa: E402
 from moelab.data.build import as_section, cache_directory  # noqa: E402
-from moelab.data.quality import chain, parse_filters, parse_injectors, workers  # noqa: E402
+from moelab.data.quality import chain, parse_filters, parse_injectors, spec, workers  # noqa: E402
 from moelab.data.quality.pool import Pool  # noqa: E402
 
 BAR_SECONDS = 90
@@ -36,7 +36,14 @@ TOOLS = (
     "fineweb",
     "classifier",
 )
-EVERY = (*TOOLS, "exact", "substring", "dsir", "perplexity_ngram")
+EVERY = (
+    *TOOLS,
+    "exact",
+    "substring",
+    "dsir",
+    "perplexity_ngram",
+    "perplexity_ngram against=unigram",
+)
 
 
 def timed(tool, seconds: dict[str, float]):
@@ -46,7 +53,7 @@ def timed(tool, seconds: dict[str, float]):
     def judged(pool):
         started = time.perf_counter()
         verdicts = judge(pool)
-        seconds[tool.kind] = time.perf_counter() - started
+        seconds[spec.written(tool)] = time.perf_counter() - started
         return verdicts
 
     object.__setattr__(tool, "judge", judged)  # frozen
@@ -97,9 +104,9 @@ def main() -> None:
         f"{found['machine']}; {len(table):,} documents, {size:,} bytes, dirt in {injecting:.1f} s"
     )
     for kind, taken in seconds_of.items():
-        print(f"{kind:<20}{taken:6.1f} s")
+        print(f"{kind:<35}{taken:6.1f} s")
     bar = "" if args.tool or args.alone else f" (bar {BAR_SECONDS})"
-    print(f"{'all':<20}{seconds:6.1f} s{bar}, {used:.1f} s of processor time")
+    print(f"{'all':<35}{seconds:6.1f} s{bar}, {used:.1f} s of processor time")
     quality_tables.print_outcomes(outcomes)
 
 

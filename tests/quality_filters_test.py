@@ -325,6 +325,25 @@ def test_perplexity_is_bits_per_byte_of_the_other_half():
     assert np.median(-table.score_FN[0][table.kind_N == 1]) > 4
 
 
+def test_what_order_is_worth_by_hand():
+    """Of two documents with the same letters, one in the order that was learnt: ab ab ab. Byte pairs, V = 257."""
+    from moelab.data.quality.filters import perplexity_ngram
+
+    (tool,) = parse_filters(("perplexity_ngram against=unigram",))
+    made = tokenizer.Bytes()
+    model = perplexity_ngram._fit(made, ["ababababab"])
+    given = [Document("d", str(i), text) for i, text in enumerate(("abab", "bbaa"))]
+    score = perplexity_ngram._scores(tool, ("byte", made.text), {("d", 0): model}, given)
+    end, a, b = 256, ord("a"), ord("b")
+    # -1 - log2 of: p(a | end), p(b | a), p(a | b), p(b | a) over the unigrams of a, b, a, b.
+    p = lambda v, w: float(model.probability(np.array([v]), np.array([w]))[0])  # noqa: E731
+    wanted = np.log2([p(end, a), p(a, b), p(b, a), p(a, b)]) - np.log2(
+        model.unigram_V[[a, b, a, b]]
+    )
+    assert score[0] == pytest.approx(wanted.mean(), rel=1e-5)
+    assert score[0] > 0 > score[1]
+
+
 def test_no_filter_sees_the_label():
     """Judging is a function of texts, domains and ids: the same text under another label gets the same score."""
     given = [Document("d", str(i), text) for i, text in enumerate(_language(0, 120))]
@@ -404,6 +423,7 @@ def test_an_empty_result_is_refused_by_name():
         ("classifier keeep=1", "no field 'keeep'; did you mean keep"),
         ("gopher_quality language=xx", "language must be one of en, fr, es, de, got 'xx'"),
         ("gopher_repetition scale=0", "scale must be above 0, got 0"),
+        ("perplexity_ngram against=all", "against must be nothing or unigram, got 'all'"),
         ("perplexity_ngram learn_from=test", "learn_from must be pool or validation, got 'test'"),
     ],
 )

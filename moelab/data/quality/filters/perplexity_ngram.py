@@ -1,6 +1,9 @@
 """Perplexity under a Kneser-Ney bigram of the dataset's tokens, one for each domain: order matters to it.
 
     score = -bits per byte of the document, its first token given the end of another
+    against=unigram: mean over its tokens of log2 p(token | the one before) / p(token), bits: how much order helps
+
+The plain score says most about how rare the words of a document are; the second one is what sees words in wrong places.
 
 Reference: CCNet, arXiv:1911.00359, section 2.4, with a 5-gram over clean text; the bigram is moelab's yardstick.
 """
@@ -23,14 +26,17 @@ class Filter(ranking.RankingFilter):
     """Keeps the documents that surprise least."""
 
     learn_from: str = "validation"  # clean text; or pool: the other half of it, and then what is repeated looks good
+    against: str = "nothing"  # or unigram: what the order of the words is worth, rare words or not
     characters: int = 4_000_000  # of each domain (and half) to learn from
 
     counts = ("characters",)
 
     def problems(self) -> Iterator[str]:
-        """Yields what is wrong with `learn_from`."""
+        """Yields what is wrong with `learn_from` and `against`."""
         if self.learn_from not in ("pool", "validation"):
             yield f"learn_from must be pool or validation, got {self.learn_from!r}"
+        if self.against not in ("nothing", "unigram"):
+            yield f"against must be nothing or unigram, got {self.against!r}"
 
     def scores(self, pool) -> np.ndarray:
         """Fits the bigrams, then judges in several processes."""
@@ -73,6 +79,9 @@ def _scores(tool: Filter, made, models: dict, documents: list[Document]) -> np.n
         half = ranking.fold(tool.seed, one) if tool.learn_from == "pool" else 0
         model = models.get((one.domain, half)) or models[one.domain, 1 - half]
         context_T = np.append(encoder.end_id, token_T[:-1])
-        nats = -np.log(model.probability(context_T, token_T)).sum()
-        score_N[number] = -nats / np.log(2) / max(1, len(one.text.encode()))
+        bits_T = -np.log2(model.probability(context_T, token_T))
+        if tool.against == "unigram":
+            score_N[number] = -(bits_T + np.log2(model.unigram_V[token_T])).mean()
+        else:
+            score_N[number] = -bits_T.sum() / max(1, len(one.text.encode()))
     return score_N
