@@ -6,9 +6,9 @@ The model of ../ablation.py with the Switch loss. The shares of the domains are 
 all three files: dirt adds text to some domains more than to others, and the question is not which domain is larger.
 
 Lab book
-  machine    not measured
-  wall time  not measured
-  result     not measured
+  machine    2 cores of an AMD EPYC (AVX-512), shared (load 10 to 16), jax 0.12.0.1
+  wall time  142 s of training, on that load; the preset `epochs` is not measured
+  result     2.3682 bits per byte over all domains (seed 0, 39,365 test tokens); Kneser-Ney bigram 2.4200. One seed.
   date       2026-11-29, schema 2
 """
 

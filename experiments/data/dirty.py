@@ -5,9 +5,9 @@
 What is injected has labels (`moelab data show`); the evaluation splits and the tokenizer are those of clean.py.
 
 Lab book
-  machine    not measured
-  wall time  not measured
-  result     not measured
+  machine    2 cores of an AMD EPYC (AVX-512), shared (load 10 to 16), jax 0.12.0.1
+  wall time  163 s of training, on that load; the preset `epochs` is not measured
+  result     2.4304 bits per byte on the same documents (seed 0); Kneser-Ney bigram 2.4802. One seed.
   date       2026-11-29, schema 2
 """
 
