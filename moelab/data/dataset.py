@@ -22,7 +22,7 @@ import numpy as np
 
 from moelab.data import files, tokenizer
 from moelab.data.document import DataError
-from moelab.data.split import SPLITS, document_hash
+from moelab.data.split import SPLITS, order_key
 from moelab.spelling import hint
 
 FORMAT = 1  # of the folder; raised when old folders can no longer be read
@@ -84,7 +84,10 @@ class TokenSplit:
         """Returns the indices of a domain's documents in the order of their hash: a fixed shuffle."""
         name = self.domains[domain]
         return np.array(
-            sorted(self.of_domain(domain), key=lambda index: document_hash(name, self.ids[index])),
+            sorted(
+                self.of_domain(domain),
+                key=lambda index: order_key(name, self.ids[index], self.name),
+            ),
             np.int64,
         )
 

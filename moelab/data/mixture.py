@@ -26,7 +26,7 @@ from moelab import schema
 from moelab.data.dataset import Dataset, TokenSplit
 from moelab.data.document import DataError
 from moelab.data.quality import buckets
-from moelab.data.split import document_hash
+from moelab.data.split import order_key
 from moelab.spelling import hint
 
 ALL = "*"  # stands for the names that are not given
@@ -127,7 +127,7 @@ def subset(
             name = split.ids[number]
             groups[origin.get((domain, name), name)].append(number)
         rest = wanted * split.num_tokens_N[mine].sum() / total
-        for name in sorted(groups, key=lambda name: document_hash(domain, name)):
+        for name in sorted(groups, key=lambda name: order_key(domain, name, split.name)):
             if rest <= 0:
                 break
             chosen_N[groups[name]] = True

@@ -29,3 +29,16 @@ def split_of(domain: str, document_id: str) -> str:
     if u < TEST_BELOW:
         return "test"
     return "validation" if u < VALIDATION_BELOW else "train"
+
+
+def order_key(domain: str, document_id: str, split: str) -> str:
+    """Returns what a split's documents are ordered by where some of them are taken: their hash, as hexadecimal.
+
+    The training split has hashes from VALIDATION_BELOW on, by its own rule. What was injected into it has ids that follow
+    no such rule, and would come first: its hashes below that are dealt anew over the rest.
+    """
+    digest = document_hash(domain, document_id)
+    if split != "train" or split_of(domain, document_id) == "train":
+        return digest
+    u = VALIDATION_BELOW + (1 - VALIDATION_BELOW) * int(digest[8:16], 16) / 2**32
+    return f"{int(u * 2**32):08x}{digest[16:]}"
