@@ -34,8 +34,8 @@ def split_of(domain: str, document_id: str) -> str:
 def order_key(domain: str, document_id: str, split: str) -> str:
     """Returns what a split's documents are ordered by where some of them are taken: their hash, as hexadecimal.
 
-    The training split has hashes from VALIDATION_BELOW on, by its own rule. What was injected into it has ids that follow
-    no such rule, and would come first: its hashes below that are dealt anew over the rest.
+    The training split has hashes from VALIDATION_BELOW on, by its own rule. What was injected into it has ids that
+    follow no such rule, and would come first: its hashes below that are dealt anew over the rest.
     """
     digest = document_hash(domain, document_id)
     if split != "train" or split_of(domain, document_id) == "train":
