@@ -18,7 +18,17 @@ from scipy import stats
 
 from moelab import balance, report, routers, sweep_file
 from moelab.cli import main
-from moelab.report import arms, arms_plots, arms_tables, canvas, citations, crossing, latex, paired
+from moelab.report import (
+    arms,
+    arms_plots,
+    arms_tables,
+    canvas,
+    citations,
+    crossing,
+    fitted,
+    latex,
+    paired,
+)
 from moelab.report import card as cards
 from moelab.report.tables import Cell, Table
 
@@ -309,6 +319,78 @@ class TestCrossing:
         assert crossing.notes(compared) == []
         assert crossing.crossing(plain, self.arm("b", 2e6, 0.2, seeds=1)) is None
         assert crossing.crossing(plain, self.arm("b", 1e9, 0.2)) is None  # no budget in common
+
+
+class TestFits:
+    def comparison(self, values, loss, seeds=3, **card):
+        """Arms whose bits per byte are loss(value) and a level per seed; card: functions of the value."""
+        made = []
+        for value in values:
+            runs = {}
+            for seed in range(seeds):
+                row = {"precision": "float32", "bits_per_byte": {"all": loss(value) + 0.1 * seed}}
+                base = {
+                    "name": f"n{value:g}",
+                    "evaluation": {"rows": [row]},
+                    "seeds": {"seed": seed},
+                }
+                runs[seed] = report.Run(
+                    Path("x"), base | {k: f(value) for k, f in card.items()}, [], None
+                )
+            made.append(arms.Arm(f"n{value:g}", runs))
+        return arms.Comparison(tuple(made), made[0], "float32", {})
+
+    def sizes(self, **change):
+        card = {
+            "parameters": lambda n: {"active": n, "total": 4 * n},
+            "training": lambda n: {"flops_per_token": 6 * n, "tokens": 1e12 / n},
+        }
+        curve = {"loss": lambda n: 2 + 0.05 * math.log(n / 5e6) ** 2}
+        return self.comparison((1e6, 2e6, 4e6, 8e6, 16e6), **(card | curve | change))
+
+    def test_isoflop(self):
+        found = fitted.fit(self.sizes(), "isoflop")
+        assert found.result["size"]["estimate"] == pytest.approx(5e6, rel=1e-4)
+        assert (
+            "least bits per byte at 5.00 M active parameters [5.00 M, 5.00 M]: 2.1"
+            in found.sentence
+        )
+        assert found.curve(np.array([5e6]))[0] == pytest.approx(2.1, abs=1e-6)
+        assert "active parameters" in fitted.figure(found).svg
+
+    def test_isoflop_wants_equal_flops(self):
+        unequal = {"training": lambda n: {"flops_per_token": 6 * n, "tokens": 1e6}}
+        with pytest.raises(report.ReportError, match="equal training FLOPs; n1e.06 has"):
+            fitted.fit(self.sizes(**unequal), "isoflop")
+
+    def test_granularity(self):
+        card = {
+            "parameters": lambda g: {"active": 100, "total": 800},
+            "config": lambda g: {"moe": {"expert_width": 512 / g}},
+        }
+        found = fitted.fit(
+            self.comparison((1, 2, 4, 8), lambda g: 2 + 0.3 * g**-0.6, **card), "granularity"
+        )
+        assert found.result["exponent"]["estimate"] == pytest.approx(0.6, rel=1e-3)
+        assert "exponent 0.60 [0.60, 0.60]" in found.sentence
+        assert found.curve(np.array([2.0]))[0] == pytest.approx(2.1 + 0.3 * 2**-0.6, rel=1e-4)
+        other = card | {"parameters": lambda g: {"active": 100 * g, "total": 800}}
+        with pytest.raises(report.ReportError, match="equal active parameters; n1 has 100 and n8"):
+            fitted.fit(self.comparison((1, 8), lambda g: g, **other), "granularity")
+
+    def test_what_cannot_be_fitted_is_named(self, swept, tmp_path):
+        with pytest.raises(
+            report.ReportError, match="no fit 'isoflops'; did you mean --fit=isoflop"
+        ):
+            report.write([swept], tmp_path / "r.md", fit="isoflops")
+        with pytest.raises(
+            report.ReportError, match="--fit=isoflop of 4 arms and 5 seeds: wants at"
+        ):
+            report.write([swept], tmp_path / "r.md", fit="isoflop")
+        with pytest.raises(report.ReportError, match="has no config.moe.expert_width"):
+            report.write([swept], tmp_path / "r.md", fit="granularity")
+        with pytest.raises(report.ReportError, match="--fit is for several arms"):
+            report.write([swept / "plain-seed=0"], tmp_path / "r.md", fit="isoflop")
 
 
 def test_the_front_is_what_nothing_beats():

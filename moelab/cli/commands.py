@@ -117,6 +117,7 @@ def _results(commands) -> None:
     for name, default, text in (
         ("reference", "", "arm that the others are compared with (the first)"),
         ("precision", "float32", "in which arms are compared (float32)"),
+        ("fit", "", "a curve through the arms: isoflop or granularity"),
     ):
         report.add_argument(f"--{name}", default=default, metavar="NAME", help=text)
     report.add_argument(

@@ -22,7 +22,7 @@ def report(args: argparse.Namespace) -> int:
     options = {"reference": args.reference, "precision": precision}
     options["different_tokens"] = args.different_tokens
     if args.out:
-        written = {"report": reports.write(args.runs, args.out, **options)}
+        written = {"report": reports.write(args.runs, args.out, fit=args.fit, **options)}
         if args.bibtex:
             written["bibtex"] = written["report"].with_suffix(".bib")
             written["bibtex"].write_text(reports.bibtex(args.runs), encoding="utf-8")
@@ -36,13 +36,16 @@ def report(args: argparse.Namespace) -> int:
         return 0
     runs, notes = reports.load_all(args.runs)
     compared = reports.compared_arms(runs, **options)
+    fitted = reports.fit_of(compared, args.fit)
     if args.json:
-        _print_json(runs, compared)
+        _print_json(runs, compared, fitted)
         return 0
     for note in notes:
         output.note(note)
     if compared is not None:
         _print_arms(compared)
+        if fitted is not None:
+            print(fitted.sentence)
         return 0
     for run in runs:
         reports.print_result(run)
@@ -50,13 +53,14 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_json(runs, compared) -> None:
+def _print_json(runs, compared, fitted) -> None:
     if compared is None:
         output.print_json([run.card for run in runs])
         return
     from moelab.report import arms
 
-    output.print_json(arms.rows(compared))
+    rows = arms.rows(compared)
+    output.print_json(rows if fitted is None else {"arms": rows, fitted.kind: fitted.result})
 
 
 def _print_arms(compared) -> None:

@@ -43,6 +43,7 @@ def write(
     reference: str = "",
     precision: str = "float32",
     different_tokens: bool = False,
+    fit: str = "",
 ) -> Path:
     """Writes a report of one run, or a comparison of several, without rerunning anything.
 
@@ -55,6 +56,7 @@ def write(
       reference: the arm that the others are compared with; empty: the first.
       precision: of the evaluation that arms are compared in; arms.VALIDATION: the last look at the validation split.
       different_tokens: compare runs of different numbers of training tokens.
+      fit: a curve through the arms: isoflop or granularity.
 
     Returns:
       The path written.
@@ -67,11 +69,13 @@ def write(
         raise ReportError(f"a report ends in {', '.join(SUFFIXES)}; got {str(out)!r}")
     loaded, notes = load_all(runs)
     compared = compared_arms(loaded, reference, precision, different_tokens)
+    if compared is None:
+        fit_of(compared, fit)
     if compared is not None:
         from moelab.report import arms_page
 
         _warn_without_plots(out.suffix)
-        text = arms_page.render(compared, out.suffix, notes, out.stem)
+        text = arms_page.render(compared, out.suffix, notes, out.stem, fit_of(compared, fit))
     elif len(loaded) == 1:
         text = _render_one(loaded[0], out.suffix)
     else:
@@ -81,6 +85,21 @@ def write(
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, out)
     return out
+
+
+def fit_of(compared, kind: str):
+    """Fits a curve through compared arms; None where none is asked for.
+
+    Raises:
+      ReportError: there are no arms, or the fit cannot be asked of them.
+    """
+    if not kind:
+        return None
+    if compared is None:
+        raise ReportError("--fit is for several arms of which one has several seeds")
+    from moelab.report import fitted as fitted_arms
+
+    return fitted_arms.fit(compared, kind)
 
 
 def compared_arms(

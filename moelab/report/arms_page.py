@@ -18,13 +18,21 @@ from moelab.report import (
     page,
     tables,
 )
+from moelab.report import fitted as fitted_arms
 from moelab.report import html as run_page
 from moelab.report.arms import Comparison
+from moelab.report.fitted import Fitted
 from moelab.report.runs import Run
 from moelab.report.tables import Table
 
 
-def render(comparison: Comparison, suffix: str, notes: Sequence[str], name: str) -> str:
+def render(
+    comparison: Comparison,
+    suffix: str,
+    notes: Sequence[str],
+    name: str,
+    fitted: Fitted | None = None,
+) -> str:
     """Writes the comparison in the form that a suffix names.
 
     Args:
@@ -32,15 +40,21 @@ def render(comparison: Comparison, suffix: str, notes: Sequence[str], name: str)
       suffix: .html, .md, .csv or .tex.
       notes: what the reader must know, as that a sweep is not finished.
       name: of the report, for the label of a LaTeX table.
+      fitted: a curve through the arms, to be told and drawn.
     """
     if suffix == ".csv":
         return tables.to_csv(arms.rows(comparison))
     if suffix == ".tex":
-        told = [*notes, *arms_tables.notes(comparison), arms_tables.limits(comparison)]
+        told = [*notes, *_told(comparison, fitted), arms_tables.limits(comparison)]
         return latex.table(_for_paper(comparison), told, name)
     if suffix == ".md":
-        return _markdown(comparison, notes)
-    return _html(comparison, notes)
+        return _markdown(comparison, notes, fitted)
+    return _html(comparison, notes, fitted)
+
+
+def _told(comparison: Comparison, fitted: Fitted | None) -> list[str]:
+    told = [*arms_tables.notes(comparison), *crossing.notes(comparison)]
+    return told + ([fitted.sentence] if fitted else [])
 
 
 def _for_paper(comparison: Comparison) -> Table:
@@ -78,13 +92,12 @@ def _merged(notes: list[str]) -> list[str]:
     ]
 
 
-def _markdown(comparison: Comparison, notes: Sequence[str]) -> str:
+def _markdown(comparison: Comparison, notes: Sequence[str], fitted: Fitted | None) -> str:
     parts = [f"# {len(comparison.arms)} arms\n"]
     parts += [f"> **Note.** {note}\n" for note in (*notes, *warnings(comparison))]
     main, points = arms_tables.main_table(comparison), arms_tables.points_table(comparison)
     parts += [f"{main.title}.\n", tables.to_markdown(main)]
-    told = [*arms_tables.notes(comparison), *crossing.notes(comparison)]
-    parts += ["\n".join(f"- {note}" for note in told) + "\n"]
+    parts += ["\n".join(f"- {note}" for note in _told(comparison, fitted)) + "\n"]
     parts += [arms_tables.limits(comparison) + "\n"]
     parts += ["## Every point\n", points.title + ".\n", tables.to_markdown(points)]
     differing = compare.config_table(_named(comparison))
@@ -103,7 +116,7 @@ def _named(comparison: Comparison) -> list[Run]:
     return found
 
 
-def _html(comparison: Comparison, notes: Sequence[str]) -> str:
+def _html(comparison: Comparison, notes: Sequence[str], fitted: Fitted | None) -> str:
     reference, runs = comparison.reference.name, sum(len(a.runs) for a in comparison.arms)
     meta = [f"{runs} runs", f"reference {reference}", f"evaluated in {comparison.precision}"]
     body = [page.header(f"{len(comparison.arms)} arms", "moelab report", meta)]
@@ -114,11 +127,13 @@ def _html(comparison: Comparison, notes: Sequence[str]) -> str:
         page.section(
             "Arms over paired seeds",
             page.table(arms_tables.main_table(comparison)),
-            *map(page.paragraph, arms_tables.notes(comparison)),
+            *map(page.paragraph, _told(comparison, fitted)),
             page.paragraph(arms_tables.limits(comparison)),
         )
     )
     drawn = arms_plots.figures(comparison) if canvas.available() else []
+    if fitted is not None and canvas.available():
+        drawn.insert(1, fitted_arms.figure(fitted))
     if drawn:
         body.append(page.section("Plots", page.figures(drawn)))
     body.append(page.section("Every point", page.table(arms_tables.points_table(comparison))))
