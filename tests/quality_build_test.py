@@ -121,9 +121,14 @@ def test_the_manifest_says_what_was_done(root, filtered):
 
 
 def test_the_same_bytes_from_several_processes_and_from_one(root, filtered, monkeypatch):
-    monkeypatch.setattr(workers, "CHUNK", 2000)  # many chunks, and so two processes
+    monkeypatch.setattr(workers, "CHUNK", 8000)  # many chunks, and so two processes
+    started = []
+    monkeypatch.setattr(
+        workers, "stop", lambda stop=workers.stop: (started.extend(workers._started), stop())
+    )
     monkeypatch.setenv("MOELAB_DATA_WORKERS", "2")
     two = data.build(filtered, BYTE, cache=root / "two")
+    assert set(started) == {2} and not workers._started
     monkeypatch.setenv("MOELAB_DATA_WORKERS", "1")
     one = data.build(filtered, BYTE, cache=root / "one")
     assert one.sha256 == two.sha256

@@ -20,13 +20,13 @@ def num_workers() -> int:
     return int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0))
 
 
-def chunks(documents: Iterable[Document], size: int = CHUNK) -> Iterator[list[Document]]:
-    """Cuts a stream of documents into lists of about `size` characters."""
+def chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Cuts a stream of documents into lists of about CHUNK characters."""
     batch, characters = [], 0
     for document in documents:
         batch.append(document)
         characters += len(document.text)
-        if characters >= size:
+        if characters >= CHUNK:
             yield batch
             batch, characters = [], 0
     if batch:
