@@ -127,25 +127,27 @@ TEXTS = [
 
 
 def test_bits_are_those_of_the_stream(run):
-    """One batch holds all three: their tokens one after the other, the first predicted from an end token."""
-    found = dict(perplexity.bits_per_byte(run.directory, TEXTS, tokens=0))
+    """Tokens of all documents one after the other, over two batches of 16 windows of 16; an end token comes first."""
+    texts = [*TEXTS, Document("d", "long", "ice or sun " * 20)]
+    found = dict(perplexity.bits_per_byte(run.directory, texts, tokens=0))
     loaded = evaluate.load_run(run.directory)
-    tokens = np.concatenate([np.array(loaded.dataset.tokenizer.encode(one.text)) for one in TEXTS])
-    stop = len(tokens)
-    full = np.full(16 * 16, loaded.dataset.tokenizer.end_id, np.int32)
-    target, token = full.copy(), full.copy()
-    target[:stop], token[1:stop] = tokens, tokens[:-1]
-    mask = np.arange(16 * 16) < stop
-    batch = data.Batch(
-        token.reshape(16, 16), target.reshape(16, 16), mask.reshape(16, 16),
-        np.zeros(16, np.int32), np.zeros((16, 16), np.int32),
-    )  # fmt: skip
+    tokens = np.concatenate([loaded.dataset.tokenizer.encode(one.text) for one in texts])
+    stop, full = len(tokens), 2 * 16 * 16
+    assert full / 2 < stop < full
+    target = np.zeros(full, np.int32)
+    target[:stop] = tokens
+    token = np.concatenate([[loaded.dataset.tokenizer.end_id], target[:-1]]).astype(np.int32)
     model = model_lib.from_dataset(loaded.config, loaded.dataset)
     variables = {"params": loaded.state.params, "router_state": loaded.state.router_state}
-    nats = np.asarray(jax.jit(lambda v, b: evaluate.forward(model, v, b)[0])(variables, batch))
-    nats = nats.reshape(-1)[:stop]
-    start = 0
-    for number, one in enumerate(TEXTS):
+    forward = jax.jit(lambda v, b: evaluate.forward(model, v, b)[0])
+    nats = []
+    for half in (slice(0, full // 2), slice(full // 2, full)):
+        mask = (np.arange(full) < stop)[half].reshape(16, 16)
+        rows = (token[half].reshape(16, 16), target[half].reshape(16, 16), mask)
+        batch = data.Batch(*rows, np.zeros(16, np.int32), np.zeros((16, 16), np.int32))
+        nats.append(np.asarray(forward(variables, batch)).reshape(-1))
+    nats, start = np.concatenate(nats), 0
+    for number, one in enumerate(texts):
         size = len(one.text.encode())  # a byte is a token
         wanted = nats[start : start + size].sum() / np.log(2) / size
         assert found[number] == pytest.approx(wanted, rel=1e-5)
