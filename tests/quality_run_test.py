@@ -49,6 +49,9 @@ def run(config, tmp_path_factory):
 
 def test_the_card_says_what_was_injected_filtered_and_drawn(run, folder):
     card = json.loads((run.directory / "result.json").read_text())
+    page = (run.directory / "report.html").read_text()
+    assert "random_strings share=0.3; duplicate share=0.2 copies=2" in page
+    assert "removed 0 of" in page and "drawn of north random_strings" in page
     found = card["data"]["quality"]
     assert tuple(found["inject"]) == DIRT
     assert found["filter"] == ["dsir keep=1.0"] and found["outcomes"][0]["removed"] == 0

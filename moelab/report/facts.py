@@ -149,7 +149,7 @@ def training_precision(config: dict[str, Any]) -> str:
 
 def _data(card: dict[str, Any]) -> Pairs:
     data = card["data"]
-    known = ("sha256", "tokenizer_sha256", "fallback", "domains", "tokens")
+    known = ("sha256", "tokenizer_sha256", "fallback", "domains", "tokens", "quality", "mixture")
     rest = [(key, _value(value)) for key, value in data.items() if key not in known]
     return [
         ("domains", ", ".join(map(str, data.get("domains") or ())) or fmt.NOT_MEASURED),
@@ -157,8 +157,38 @@ def _data(card: dict[str, Any]) -> Pairs:
         ("fallback corpus", {True: "yes", False: "no"}.get(data.get("fallback"), "unknown")),
         ("data SHA-256", _value(data.get("sha256"))),
         ("tokenizer SHA-256", _value(data.get("tokenizer_sha256"))),
+        *_quality(data.get("quality") or {}),
+        *_passes(data.get("mixture") or {}),
         *rest,
     ]
+
+
+def _quality(quality: dict[str, Any]) -> Pairs:
+    """What was injected into the training split, and what each filter made of it."""
+    if not quality:
+        return []
+    pairs = [("injected", "; ".join(quality["inject"]) or "nothing")]
+    for one in quality["outcomes"]:
+        numbers = (
+            f"{key} {fmt.fixed(one[key], 3)}"
+            for key in ("precision", "recall")
+            if one[key] is not None
+        )
+        removed = f"removed {fmt.count(one['removed'])} of {fmt.count(one['documents'])} documents"
+        pairs.append((f"filter {one['filter']}", ", ".join([removed, *numbers])))
+    return pairs
+
+
+def _passes(mixture: dict[str, Any]) -> Pairs:
+    """How often the run saw its text, in all and by part."""
+    if not mixture:
+        return []
+    tokens = fmt.count(mixture["unique_tokens"])
+    pairs = [("unique tokens", f"{tokens}, {fmt.fixed(mixture['epochs'], 3)} epochs")]
+    for one in mixture.get("streams", ()):
+        name = " ".join(filter(None, (one["domain"], one["bucket"])))
+        pairs.append((f"drawn of {name}", f"{fmt.fixed(one['epochs'], 3)} epochs"))
+    return pairs
 
 
 def _environment(card: dict[str, Any]) -> Pairs:

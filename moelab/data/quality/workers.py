@@ -51,8 +51,11 @@ def map_chunks(
     if workers == 1 or len(first) <= ALONE:
         yield from map(function, itertools.chain(first, stream))
         return
-    import joblib
-
+    try:
+        import joblib
+    except ImportError:  # without the extra `data`: one process, the same results
+        yield from map(function, itertools.chain(first, stream))
+        return
     _started.append(workers)
     # loky's processes need no guard around the caller's main module, and are not forks of its threads.
     parallel = joblib.Parallel(
