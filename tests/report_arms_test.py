@@ -243,6 +243,7 @@ def test_the_page_is_self_contained(swept, tmp_path):
     assert not re.search(r"https?:|@import|<link|<iframe|src=", without_bibtex)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(set(ids)) == len(ids)
+    assert "mathdefault" not in page
     assert "Cite the methods" in page and "2101.03961" in page
 
 
@@ -305,6 +306,7 @@ class TestCrossing:
         )
         figure = crossing.figure(compared)
         assert "other crosses plain" in figure.caption and "training FLOPs" in figure.svg
+        assert "mathdefault" not in figure.svg and "1e+10" in figure.svg
 
     def test_what_is_not_shown_is_not_said(self):
         plain, other = self.arm("plain", 1e6, 0.1), self.arm("other", 2e6, 0.1, noise=0.01)
@@ -356,7 +358,8 @@ class TestFits:
             in found.sentence
         )
         assert found.curve(np.array([5e6]))[0] == pytest.approx(2.1, abs=1e-6)
-        assert "active parameters" in fitted.figure(found).svg
+        svg = fitted.figure(found).svg
+        assert "active parameters" in svg and "mathdefault" not in svg and "5 M" in svg
 
     def test_isoflop_wants_equal_flops(self):
         unequal = {"training": lambda n: {"flops_per_token": 6 * n, "tokens": 1e6}}

@@ -6,7 +6,6 @@ S seeds, A arms, T steps.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -109,11 +108,15 @@ def _losses(arm: Arm) -> tuple[np.ndarray, np.ndarray]:
     return np.array(common), loss_ST
 
 
+def _seconds(value: float) -> str:
+    return fmt.duration(value) if value >= 10 else f"{value:.2f} s"
+
+
 # Name of the axis -> (title, caption, how a run's value is read, how a tick is written).
 COSTS = {
     "bytes": ("Quality against bytes", "bytes of expert weights", fmt.size),
     "flops": ("Quality against compute", "training FLOPs per token", fmt.compact),
-    "seconds": ("Quality against wall time", "seconds of training", fmt.duration),
+    "seconds": ("Quality against wall time", "seconds of training", _seconds),
 }
 
 
@@ -134,7 +137,7 @@ def pareto(comparison: Comparison, axis: str) -> canvas.Figure | None:
             if not several:
                 axes.plot([point.cost] * 2, [point.low, point.high], color=color, lw=1.2, alpha=0.6)
             axes.plot(point.cost, point.mean, "D" if point.apart else "o", color=color, ms=5)
-        _cost_axis(axes, [point.cost for point in points], form)
+        canvas.positive_axis(axes, [point.cost for point in points], form)
         _labels(axes, [p for p in points if p.label and (not several or p in ranked)])
         if several:
             for name, color in colors.items():
@@ -234,22 +237,6 @@ def _seeds(arm: Arm, precision: str) -> list[float]:
         row = next((r for r in run.rows if r["precision"] == precision), {})
         values.append(fmt.number((row.get("bits_per_byte") or {}).get(ALL)))
     return [] if None in values else values
-
-
-def _cost_axis(axes: Any, values: Sequence[float], form: Any) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-
-    low, high = min(values), max(values)
-    if high > 3 * low:
-        axes.set_xscale("log")
-        axes.set_xlim(low / 1.3, high * (high / low) ** 0.3)  # room for the names
-        steps = (1, 2, 5) if high < 100 * low else (1,)
-        axes.xaxis.set_major_locator(FixedLocator([b * 10.0**p for p in range(16) for b in steps]))
-        axes.xaxis.set_minor_locator(NullLocator())
-    else:
-        axes.set_xlim(low - 0.08 * (high - low), high + 0.3 * (high - low))
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: re.sub(r"\.0+(?= )", "", form(v))))
 
 
 def _machines(comparison: Comparison) -> str:

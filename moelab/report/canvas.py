@@ -10,7 +10,7 @@ import dataclasses
 import io
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,26 @@ def label_axes(axes: Any, x: str, y: str) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def positive_axis(axes: Any, values: Sequence[float], write: Callable[[float], str]) -> None:
+    """Scales the x axis for positive values: logarithmic where they span more than 3 times, with room for names.
+
+    Ticks are written by `write`: matplotlib's own are formulas, which our text does not parse.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    low, high = min(values), max(values)
+    if high > 3 * low:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.3, high * (high / low) ** 0.3)
+        steps = (1, 2, 5) if high < 100 * low else (1,)
+        axes.xaxis.set_major_locator(FixedLocator([b * 10.0**p for p in range(28) for b in steps]))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(low - 0.08 * (high - low), high + 0.3 * (high - low))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: re.sub(r"\.0+(?= )", "", write(v))))
 
 
 @contextlib.contextmanager

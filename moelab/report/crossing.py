@@ -103,7 +103,8 @@ def figure(comparison: Comparison) -> canvas.Figure | None:
                 low_X, high_X = bits_SX.min(axis=0), bits_SX.max(axis=0)
                 axes.fill_between(flops_X, low_X, high_X, color=color, alpha=0.18, lw=0)
             axes.plot(flops_X, bits_SX.mean(axis=0), style, color=color, lw=1.6, label=arm.name)
-        axes.set_xscale("log")
+        every = np.concatenate([flops_X for _, flops_X, _ in shown])
+        canvas.positive_axis(axes, every, "{:.3g}".format)
         axes.legend(frameon=False, loc="upper right", ncols=2 if len(shown) > 4 else 1)
         canvas.label_axes(axes, "training FLOPs", "bits per byte, validation")
         return canvas.Figure(

@@ -152,7 +152,8 @@ def figure(found: Fitted) -> canvas.Figure:
         axes.plot(found.x, found.bits_SX.mean(axis=0), "D", color=canvas.PALETTE[0], ms=5)
         line = np.geomspace(found.x.min(), found.x.max(), 200)
         axes.plot(line, found.curve(line), color=canvas.PALETTE[5], lw=1.6)
-        axes.set_xscale("log")
+        write = fmt.compact if found.kind == "isoflop" else "{:g}".format
+        canvas.positive_axis(axes, found.x, write)
         canvas.label_axes(axes, found.axis, "bits per byte")
         caption = f"Points: seeds; diamonds: their mean; line: the fit. {found.sentence}"
         title = {"isoflop": "Quality against size", "granularity": "Quality against granularity"}
