@@ -3,6 +3,7 @@
 # make test-slow   the tests that take minutes: kill loops, whole notebooks, every kernel for every GPU
 # make verify-kernels  compiles every kernel for GPUs that are not here, checks the machine code, prints a table
 # make test-gpu    the hardware job, on a machine with an NVIDIA GPU: layouts, numerics, then timing
+# make notebooks  runs the notebooks that are kept with outputs again
 # make setup       installs into .venv only; instant when nothing changed
 # make lint        ruff
 #
@@ -20,12 +21,15 @@ WITH_AOT := $(VENV)/.installed-aot
 PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 IS_312 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'
 
-.PHONY: setup demo test test-slow test-gpu verify-kernels lint
+.PHONY: setup demo notebooks test test-slow test-gpu verify-kernels lint
 
 setup: $(INSTALLED)
 
 demo: $(INSTALLED)
 	@$(VENV)/bin/moelab run --config=experiments/demo.py --workdir=runs/demo
+
+notebooks: $(INSTALLED)
+	@$(VENV)/bin/python tests/ship_notebooks.py
 
 test: $(WITH_AOT)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow and not gpu" $(PYTEST_ARGS)

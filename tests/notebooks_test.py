@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.py"))
+SHIPPED = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.slow
@@ -26,3 +27,21 @@ def test_notebook_runs(path):
 
 def test_there_are_notebooks():
     assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_a_shipped_notebook_has_the_outputs_of_its_source(path):
+    """Two are kept with outputs, for readers without a kernel: same cells as the .py, every code cell run, in order."""
+    import jupytext
+
+    source, shipped = jupytext.read(path.with_suffix(".py")), jupytext.read(path)
+    assert [cell.source for cell in shipped.cells] == [cell.source for cell in source.cells]
+    code = [cell for cell in shipped.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    assert any(cell.outputs for cell in code)
+    text = path.read_text(encoding="utf-8")
+    assert "Traceback" not in text and "/tmp/" not in text and str(path.parent.parent) not in text
+
+
+def test_two_notebooks_are_shipped():
+    assert len(SHIPPED) >= 2
