@@ -266,6 +266,7 @@ def test_memory_is_a_fifth_of_float32_weights(tokens, experts, k, monkeypatch):
         assert temporary <= 1.1 * plain / experts
 
 
+@pytest.mark.slow
 def test_generation_from_packed_experts():
     """Token by token, the logits and so the tokens of the reference, which multiplies dequantized experts."""
     _, _, _, run = packed_run.make("nvfp4", model=dict(num_layers=2))

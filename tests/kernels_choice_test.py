@@ -174,6 +174,7 @@ def test_expert_mlp_runs_both_layers_in_the_kernel():
     np.testing.assert_allclose(got, want, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "precision, x_amax",
     [

@@ -21,7 +21,7 @@ from pallas_kernels.grouped_matmul import mosaic_sm100_decode as decode
 from pallas_kernels.grouped_matmul.mosaic_sm100_decode import Tiling
 from tests import fp4_products as products
 from tests.mutants import mosaic_sm100_decode as mutants
-from tests.mutants import mutated
+from tests.mutants import mutated, parameters
 
 _SMALL = Tiling(stages=2)
 
@@ -106,7 +106,7 @@ def case():
     )
 
 
-@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", parameters(mutants.MUTANTS))
 def test_mutants(mutant, case, monkeypatch):
     kernel, of_module = case
     module = decode

@@ -23,7 +23,7 @@ from pallas_kernels.grouped_matmul import (
 from pallas_kernels.grouped_matmul.mosaic_sm100 import Tiling
 from tests import fp4_products as products
 from tests.mutants import mosaic_sm100 as mutants
-from tests.mutants import mutated
+from tests.mutants import mutated, parameters
 
 _SMALL = Tiling(stages=2, epilogue_n=64)
 
@@ -141,7 +141,7 @@ def case():
     )
 
 
-@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", parameters(mutants.MUTANTS))
 def test_mutants(mutant, case, monkeypatch):
     module = mosaic_sm100
     if mutant in mutants.LOOP:

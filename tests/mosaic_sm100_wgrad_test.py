@@ -233,7 +233,7 @@ def mutant_result(module):
     return kernel(module, num_sms=1)(dy, x, MUTANT_SIZES, jnp.array([1.0, 2.0, 4.0, 8.0]))
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", mutants.parameters(MUTANTS))
 def test_mutants_are_caught(mutant):
     want = exact("nvfp4", MUTANT_SIZES, [1, 2, 4, 8], inputs=N)
     try:

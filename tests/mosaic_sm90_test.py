@@ -29,7 +29,7 @@ from pallas_kernels.grouped_matmul import (
 )
 from pallas_kernels.grouped_matmul.mosaic_sm90 import Tiling
 from tests.mutants import mosaic_sm90 as mutants
-from tests.mutants import mutated
+from tests.mutants import mutated, parameters
 
 # Few pseudo-threads stand for asynchronous copies: where two share one, a race between them goes unseen.
 _INTERPRET = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=32)
@@ -272,9 +272,7 @@ def case():
     )
 
 
-@pytest.mark.parametrize(
-    "name, mutant", mutants.MUTANTS, ids=lambda value: getattr(value, "name", "")
-)
+@pytest.mark.parametrize("name, mutant", parameters(mutants.MUTANTS))
 def test_mutants(name, mutant, case, monkeypatch):
     copy = mutated(f"pallas_kernels.grouped_matmul.{name}", mutant)
     if name == "mosaic_sm90_loop":

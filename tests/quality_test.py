@@ -153,6 +153,7 @@ class TestWeights:
         tree = cls.tree(gate_up, down)
         return jax.tree.map(lambda w: formats.quantize(w, "mxfp4"), tree)  # exact here
 
+    @pytest.mark.slow
     def test_layers_and_their_sum(self, setup):
         experts = setup.reference.variables["params"]["segment_1"]["block_0"]["moe"]["experts"]
         packed = setup.quantized["segment_1"]["block_0"]["moe"]["experts"]

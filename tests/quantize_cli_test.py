@@ -28,6 +28,7 @@ CONFIG = dict(
     checkpoint=dict(every=2),
 )
 LAYOUT = "nvfp4-pack-quantized"
+pytestmark = pytest.mark.slow  # a training, calibrations and a dozen evaluations
 
 
 @pytest.fixture(scope="module")

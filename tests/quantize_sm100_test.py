@@ -18,7 +18,7 @@ from pallas_kernels.private_division import ieee_divide
 from pallas_kernels.quantize import blocks, mosaic_sm100, xla
 from pallas_kernels.quantize import mosaic_sm100_kernel as kernel
 from pallas_kernels.quantize.mosaic_sm100 import Tiling
-from tests.mutants import mutated
+from tests.mutants import mutated, parameters
 from tests.mutants import quantize_sm100 as mutants
 
 # Few pseudo-threads stand for asynchronous copies: where two share one, a race between them goes unseen.
@@ -130,7 +130,7 @@ def _mutant_case(drawn):
     return Case(lambda: right(compiled()), lambda: right(_call(*args, **options)))
 
 
-@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", parameters(mutants.MUTANTS))
 def test_mutants(mutant, monkeypatch):
     case = _mutant_case(mutant in mutants.DRAWN)
     if mutant in mutants.ARITHMETIC:

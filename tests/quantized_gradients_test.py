@@ -97,7 +97,13 @@ def by_hand(x, w, dy, p):
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-@pytest.mark.parametrize("implementation", ["xla_windows", "reference", "ragged_dot"])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla_windows",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("reference", "ragged_dot")),
+    ],
+)
 def test_all_three_products_have_quantized_operands(implementation, name):
     got = product(implementation, PRECISIONS[name])(X, W, DY)
     for a, b in zip(got, by_hand(X, W, DY, PRECISIONS[name]), strict=True):

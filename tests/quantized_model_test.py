@@ -106,6 +106,7 @@ def test_no_recipe_lets_a_token_see_a_later_one():
         assert np.abs(a[:, 10:] - b[:, 10:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_cached_step_reads_the_rounded_cache():
     recipe = of_roles("kv_cache.activation=nvfp4")
     transformer = model.from_config(CONFIG, VOCAB, recipe=recipe)
@@ -118,7 +119,14 @@ def test_a_cached_step_reads_the_rounded_cache():
     np.testing.assert_allclose(out.hidden_BLD[:, 0], whole[:, -1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.NAMED if name != "none"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "nvfp4_training" else pytest.mark.slow)
+        for name in recipes.NAMED
+        if name != "none"
+    ],
+)
 def test_gradients_reach_every_parameter(name):
     transformer = model.from_config(CONFIG, VOCAB, recipe=recipes.named(name))
     inputs = make_inputs()
@@ -318,6 +326,7 @@ def test_a_shared_scale_leaks_and_the_model_says_so(scale):
     )
 
 
+@pytest.mark.slow
 def test_micro_batches_round_with_noise_of_their_own():
     """Eight equal sequences: noise that repeated itself would add up to itself."""
     transformer = model.from_config(CONFIG, VOCAB, recipe=recipes.named("nvfp4_training"))

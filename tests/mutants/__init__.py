@@ -7,6 +7,12 @@ import importlib.util
 import linecache
 import sys
 import types
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+QUICK = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +30,21 @@ class Mutant:
     old: str
     new: str
     caught_by: str = "either"
+
+
+def parameters(mutants: Sequence[Any]) -> list:
+    """Five of a kernel's mutants, spread over the list, for every test run; the others are slow: about 30 in all.
+
+    Args:
+      mutants: of one kernel, or tuples that end in one.
+    """
+    quick = {round(i * (len(mutants) - 1) / (QUICK - 1)) for i in range(QUICK)}
+    found = []
+    for number, mutant in enumerate(mutants):
+        values = mutant if isinstance(mutant, tuple) else (mutant,)
+        marks = () if number in quick else pytest.mark.slow
+        found.append(pytest.param(*values, id=values[-1].name, marks=marks))
+    return found
 
 
 def mutated(module: str, mutant: Mutant) -> types.ModuleType:
