@@ -104,6 +104,13 @@ def test_rows_are_unrounded_with_every_point(swept, compared, tmp_path):
     for row in rows:
         for seed in range(SEEDS):
             assert float(row[f"seed{seed}"]) == bits(swept / f"{row['arm']}-seed={seed}")
+    runs = [cards.read(swept / f"plain-seed={s}") for s in range(SEEDS)]
+    scores = [
+        [card["evaluation"]["rows"][0]["bits_per_byte"][d] for d in run_directory.DOMAINS]
+        for card in runs
+    ]
+    shown = [float(rows[1][f"interquartile_{key}"]) for key in ("mean", "low", "high")]
+    assert shown == pytest.approx(tuple(paired.interquartile_mean(np.array(scores))))
     assert rows[1]["difference"] == "" and float(rows[3]["p_smallest"]) == 0.0625
 
 

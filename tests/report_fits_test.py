@@ -187,7 +187,7 @@ class TestCoverage:
         rng = np.random.default_rng(1)
         covered = []
         curve = 2.0 + 0.3 * TestGranularity.G**-0.6
-        for _ in range(2000):
+        for _ in range(1200):
             noisy = curve + rng.normal(0, 0.01, (3, 5)) + rng.normal(0, 0.05, (3, 1))
             low, high = fits.granularity(TestGranularity.G, noisy).exponent[1:]
             covered.append(low <= 0.6 <= high)

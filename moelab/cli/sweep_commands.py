@@ -24,7 +24,7 @@ def declare(commands) -> None:
     for name, text in (
         ("list", "show the points, their status and cost; run nothing"),
         ("retry", "run failed points again"),
-        ("drop_checkpoints", "delete the checkpoints of finished runs; reports do not need them"),
+        ("drop_checkpoints", "delete checkpoints of finished runs: reports need none, verify does"),
         ("slurm", "submit the points as a Slurm job array instead (extra `cluster`)"),
     ):
         sweep.add_argument(f"--{name}", action="store_true", help=text)

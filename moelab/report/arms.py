@@ -303,10 +303,25 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
             "train_seconds": arm.mean("training", "train_seconds"),
             "max_violation": max_violation(arm, comparison.precision),
         }
+        row |= _interquartile(arm, comparison.precision)
         row |= _difference_columns(comparison.differences.get(arm.name))
         row |= {f"seed{seed}": value for seed, value in bits.items()}
         listed.append(row)
     return listed
+
+
+def _interquartile(arm: Arm, precision: str) -> dict[str, float | None]:
+    """The interquartile mean over seeds and domains: what a domain or a run far off cannot move."""
+    names = ("interquartile_mean", "interquartile_low", "interquartile_high")
+    rows = [r for run in arm.runs.values() for r in run.rows if r["precision"] == precision]
+    domains = arm.first.domains
+    score_RM = np.array(
+        [[fmt.number(row["bits_per_byte"].get(d)) or math.nan for d in domains] for row in rows]
+    )
+    if not score_RM.size or not np.isfinite(score_RM).all():
+        return dict.fromkeys(names)
+    found = paired.interquartile_mean(score_RM)
+    return dict(zip(names, (None if math.isnan(v) else v for v in found), strict=True))
 
 
 def _difference_columns(d: Difference | None) -> dict[str, Any]:
