@@ -4,15 +4,17 @@ import dataclasses
 import doctest
 import importlib
 import json
+import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+import moelab
 from moelab import config, data, schema
 from moelab.cli import main
-from moelab.data import DataError, quality, split
+from moelab.data import DataError, corpus, quality, split
 from moelab.data.quality import filters, workers
 
 BYTE, BPE = schema.Byte(), schema.Bpe(vocab_size=300)
@@ -318,3 +320,20 @@ def test_identity_names_the_versions_of_tools(clean):
     found = quality.identity(dataclasses.replace(clean, filter=("minhash", "exact")))["quality"]
     assert list(found["packages"]) == ["rensa"] and found["packages"]["rensa"]
     assert quality.identity(clean) == {}
+
+
+@pytest.mark.slow
+def test_the_numbers_of_the_documentation(tmp_path):
+    """What DATA.md says of the filters that learn nothing, on the whole corpus: the same everywhere."""
+    c = config.load("experiments/data/dirty.py").config
+    if not isinstance(corpus.open_corpus(tuple(c.data.domains)), corpus.PinnedCorpus):
+        pytest.skip("the corpus is not installed")
+    tools = ("exact", "minhash", "substring", "c4", "fineweb")
+    section = schema.Corpus(inject=tuple(c.data.inject), filter=tools)
+    table, outcomes = data.score(section, BYTE, cache=tmp_path)
+    text = (pathlib.Path(moelab.__file__).parent.parent / "DATA.md").read_text(encoding="utf-8")
+    assert f"{len(table):,} documents" in text
+    for one in outcomes:
+        cells = [f"{one[key]:.3f}" for key in ("precision", "recall", "clean_removed", "auc")]
+        row = f"| `{one['filter']}` | {one['removed']:,} | {' | '.join(cells)} |"
+        assert row in text, row

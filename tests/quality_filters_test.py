@@ -375,10 +375,10 @@ def test_truth_by_hand():
     table = dataclasses.replace(table, kinds=(CLEAN, "noise"), kind_N=np.array([0, 0, 1, 0]))
     found = truth.outcome(table, 0)
     assert found["removed"] == 2 and found["precision"] == 1 / 2 and found["recall"] == 1
-    assert found["clean_removed"] == pytest.approx(1 / 3)
+    assert found["clean_removed"] == round(1 / 3, 6)
     # The dirty one scores 0, the clean ones 1, 0, 1: below, equal, below.
-    assert found["auc"] == pytest.approx(2.5 / 3)
-    assert found["kinds"]["noise"] == {"documents": 1, "removed": 1, "auc": pytest.approx(2.5 / 3)}
+    assert found["auc"] == round(2.5 / 3, 4)
+    assert found["kinds"]["noise"] == {"documents": 1, "removed": 1, "auc": round(2.5 / 3, 4)}
     assert found["domains"]["d"] == {"documents": 4, "kept": 2, "bytes": 35, "kept_bytes": 17}
     assert found["reasons"] == {"duplicate": 2}
 

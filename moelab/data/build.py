@@ -170,7 +170,7 @@ def _write(directory: pathlib.Path, source, section, settings, progress: Progres
     documents = ((one, split_of(one.domain, one.id)) for one in source.documents())
     found = quality.prepare(source, section, made, progress)
     if found:
-        documents, total = found.documents(), found.num_documents
+        documents, total = found.documents(), 0  # how many are left of all splits is not counted
     with contextlib.closing(writer):
         for done, (document, split, tokens, num_bytes) in enumerate(_encoded(documents, made), 1):
             writer.add(document, split, tokens, num_bytes)

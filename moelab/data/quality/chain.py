@@ -15,6 +15,9 @@ from moelab.data.quality.pool import Pool
 from moelab.spelling import hint
 
 
+DECIMALS = 4  # of the scores that are kept
+
+
 def run(pool: Pool, filters: Sequence[Any]) -> tuple[table.Table, list[dict[str, Any]]]:
     """Applies filters in order.
 
@@ -79,7 +82,8 @@ def _with(found: table.Table, alive_N: np.ndarray, tool, verdicts: Verdicts) -> 
     if not len(verdicts.score_N) == len(verdicts.kept_N) == len(verdicts.reason_N) == count:
         raise RuntimeError(f"{tool.kind} judged {len(verdicts.kept_N)} of {count} documents")
     score_N = np.full(len(found), np.nan, np.float32)
-    score_N[alive_N] = verdicts.score_N
+    # Rounded, so that what machines differ in is not in a dataset's hash; it is judged before.
+    score_N[alive_N] = np.round(verdicts.score_N, DECIMALS)
     removed_N = np.zeros(len(found), bool)
     removed_N[alive_N] = ~verdicts.kept_N
     reasons, reason_N = table.index([*found.reasons, *verdicts.reason_N[~verdicts.kept_N].tolist()])

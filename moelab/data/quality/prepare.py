@@ -69,11 +69,6 @@ class Prepared:
     outcomes: list[dict[str, Any]]
     packages: dict[str, str]
 
-    @property
-    def num_documents(self) -> int:
-        """Training documents that are left."""
-        return int(self.table.kept_N.sum())
-
     def documents(self) -> Iterator[tuple[Document, str]]:
         """Yields every document to write, and its split."""
         return self.pool.everything(self.table.kept_N)

@@ -31,7 +31,7 @@ class Table:
       num_bytes_N: int64 UTF-8 bytes.
       removed_by_N: int32 index of the filter that removed it; -1: kept.
       reason_N: int32 index of why.
-      score_FN: float32; NaN where a filter did not judge, as after an earlier one removed it.
+      score_FN: float32, to four decimals; NaN where a filter did not judge, as after an earlier one removed it.
     """
 
     domains: tuple[str, ...]

@@ -81,7 +81,7 @@ def labels(found: Table, chosen_N: np.ndarray) -> dict[str, dict[str, dict[str, 
 
 
 def _share(part, whole) -> float | None:
-    return float(part / whole) if whole else None
+    return round(float(part / whole), 6) if whole else None
 
 
 def auc(
@@ -107,4 +107,4 @@ def auc(
         right = np.searchsorted(clean, dirty, side="right")
         below += float((len(clean) - (left + right) / 2).sum())
         pairs += len(dirty) * len(clean)
-    return below / pairs if pairs else None
+    return round(below / pairs, 4) if pairs else None
