@@ -14,7 +14,6 @@ from moelab.data.quality.contract import Verdicts
 from moelab.data.quality.pool import Pool
 from moelab.spelling import hint
 
-
 DECIMALS = 4  # of the scores that are kept
 
 
