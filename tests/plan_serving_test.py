@@ -191,6 +191,15 @@ def test_a_model_that_does_not_fit_says_by_how_many_bytes():
     assert excess == pytest.approx(2.0528e12 / 8 - 76.8e9, rel=0.02)
 
 
+def test_room_for_keys_by_hand():
+    """B200: 180 GB less 4 %; V3 in FP8 on 8 GPUs; a latent of 61 x 576 FP8 elements a token is on every GPU."""
+    recipe, layout = recipes.named("fp8+kv8"), Layout(8)
+    room = 180e9 * 0.96 - float(work.weight_bytes(V3, recipe, layout))
+    assert serving.free_bytes(V3, recipe, B200, layout) == pytest.approx(room)
+    found = serving.largest_batch(V3, recipe, B200, layout, LOAD)
+    assert found == pytest.approx(room / (61 * 576 * (8192 + 512)))
+
+
 def test_a_precision_that_the_gpu_lacks():
     with pytest.raises(hardware.HardwareError, match="has no fp4 tensor cores"):
         search.search(V3, recipes.named("nvfp4"), hardware.system("h200x8"), LOAD)
