@@ -148,6 +148,14 @@ def test_two_sweeps_in_one_directory_are_refused(made):
         made.run()
 
 
+def test_what_another_sweep_finished_meanwhile_is_not_repeated(made):
+    waiting = made.directory()
+    made.run()
+    sweep.run(waiting, command_of=made.command)
+    assert statuses(waiting) == [FINISHED] * 3 and len(made.starts()) == 3
+    assert [entry.attempts for entry in waiting.entries] == [1, 1, 1]
+
+
 def test_points_of_a_sweep_that_runs_are_running(made):
     directory = made.directory()
     directory.entries[0].status = "running"  # and its run has not come to its lock yet

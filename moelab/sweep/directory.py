@@ -43,16 +43,19 @@ class Directory:
     def __init__(
         self, path: Path | str, points: Sequence[Point], command: str, config: str, sweeps: list
     ):
-        self.path = Path(path)
-        earlier = self._earlier()
+        self.path, self._points = Path(path), list(points)
         self._head = (command, config, sweeps)
-        self.entries = [_entry(point, earlier) for point in points]
+        # While another sweep runs here, its points may be starting: what it says of them holds.
+        self.refresh(busy=_held(self.path / ".lock"))
+
+    def refresh(self, busy: bool = False) -> None:
+        """Reads the record and looks into the run directories; busy: another sweep is running here."""
+        earlier = self._earlier()
+        self.entries = [_entry(point, earlier) for point in self._points]
         mine = {entry.directory for entry in self.entries}
         self.others = [entry for name, entry in earlier.items() if name not in mine]
-        # While another sweep runs here, its points may be starting: what it says of them holds.
-        alive = _held(self.path / ".lock")
         for entry in (*self.entries, *self.others):
-            if not (alive and entry.status == RUNNING):
+            if not (busy and entry.status == RUNNING):
                 self._look(entry)
 
     def _earlier(self) -> dict[str, Entry]:
@@ -204,6 +207,7 @@ def run(
       SweepError: another process works in the directory.
     """
     with directory.exclusive():
+        directory.refresh()  # another sweep may have ended here since
         directory.wait_for_orphans(note)
         chosen = directory.to_run(retry)
         directory.write()
@@ -301,6 +305,7 @@ def submit(
       SweepError: submitit or Slurm is missing, or a parameter is wrong.
     """
     with directory.exclusive():
+        directory.refresh()
         chosen = directory.to_run(retry)
         directory.write()
         if not chosen:
