@@ -64,7 +64,11 @@ class TestCommitted:
 
     @pytest.mark.parametrize("name", baselines.names(FOLDER))
     def test_every_card_verifies(self, name):
-        assert baselines.problems(baselines.find(name, FOLDER)) == []
+        """A new schema of configs outdates cards, which the leaderboard says; only the smallest family must follow."""
+        found = baselines.problems(baselines.find(name, FOLDER))
+        if not name.startswith("smoke/"):
+            found = [problem for problem in found if "configs have schema" not in problem]
+        assert found == []
 
     @pytest.mark.parametrize("name", baselines.families(FOLDER))
     def test_the_commands_of_a_family_are_right(self, name, monkeypatch):
@@ -202,6 +206,15 @@ def test_the_leaderboard_says_what_it_stands_on(two_arms):
     text = leaderboard.render(two_arms)
     assert "Known limits:" in text and "Every point" in text and "No run yet." in text
     assert "Not run yet: late." in text and "Bits per byte in nvfp4_wa" in text
+
+
+def test_the_leaderboard_says_which_schema_is_outdated(two_arms):
+    assert "Of schema" not in leaderboard.render(two_arms)
+    for name in ("plain", "wide"):
+        path = baselines.find(name, two_arms)
+        now = f'"config_schema":{schema.SCHEMA}'
+        path.write_text(path.read_text().replace(now, '"config_schema":1'))
+    assert "- Of schema 1 of configs; this moelab has" in leaderboard.render(two_arms)
 
 
 class TestJudgement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moelab import schema
 from moelab.report import arms, arms_tables, baselines, crossing, tables
 from moelab.report.baselines import Family
 from moelab.report.runs import Run
@@ -70,6 +71,12 @@ def _table(found: Family, wanted, chosen: list[arms.Arm]) -> str:
     parts = [f"{main.title}.\n", tables.to_markdown(main)]
     told = [*arms_tables.notes(compared), *crossing.notes(compared)]
     parts += [f"- {note}" for note in told]
+    ran = compared.reference.first.config_schema
+    if ran != schema.SCHEMA:
+        parts.append(
+            f"- Of schema {ran} of configs; this moelab has {schema.SCHEMA}, where defaults or meanings differ: these "
+            "arms cannot be run again with it."
+        )
     if missing:
         parts.append(f"- Not run yet: {', '.join(missing)}.")
     parts += ["", arms_tables.limits(compared) + "\n"]
