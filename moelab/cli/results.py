@@ -57,9 +57,9 @@ def _print_json(runs, compared, fitted) -> None:
     if compared is None:
         output.print_json([run.card for run in runs])
         return
-    from moelab.report import arms
+    from moelab.report import arms_rows
 
-    rows = arms.rows(compared)
+    rows = arms_rows.rows(compared)
     output.print_json(rows if fitted is None else {"arms": rows, fitted.kind: fitted.result})
 
 

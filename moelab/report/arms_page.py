@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from moelab.report import (
-    arms,
     arms_plots,
+    arms_rows,
     arms_tables,
     canvas,
     citations,
@@ -43,7 +43,7 @@ def render(
       fitted: a curve through the arms, to be told and drawn.
     """
     if suffix == ".csv":
-        return tables.to_csv(arms.rows(comparison))
+        return tables.to_csv(arms_rows.rows(comparison))
     if suffix == ".tex":
         told = [*notes, *_told(comparison, fitted), arms_tables.limits(comparison)]
         return latex.table(_for_paper(comparison), told, name)

@@ -9,7 +9,8 @@ import numpy as np
 
 from moelab.report import formatting as fmt
 from moelab.report import paired
-from moelab.report.arms import Arm, Comparison, Difference, max_violation
+from moelab.report.arms import Arm, Comparison, Difference
+from moelab.report.arms_rows import max_violation
 from moelab.report.tables import Cell, Table
 
 

@@ -10,12 +10,13 @@
 
     moelab sweep --config=FILE --sweep=routers,seeds --jobs=2
 
-points.py makes and checks the points, cost.py says what they cost, local.py and cluster.py run them, directory.py keeps
-the sweep directory: one run directory per point, `logs/`, and `sweep.json`. A run's seed decides its initialisation and
-the order of its data, so arms that share seeds are paired.
+points.py makes and checks the points, cost.py says what they cost, directory.py keeps the sweep directory (one run
+directory per point, `logs/`, and `sweep.json`), running.py runs what is left in it, by local.py or cluster.py. A run's
+seed decides its initialisation and the order of its data, so arms that share seeds are paired.
 """
 
-from moelab.sweep.directory import Directory, run, submit
+from moelab.sweep.directory import Directory
 from moelab.sweep.points import Point, plan
+from moelab.sweep.running import run, submit
 
 __all__ = ["Directory", "Point", "plan", "run", "submit"]
