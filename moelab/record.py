@@ -122,4 +122,13 @@ def _data(dataset) -> dict[str, Any]:
             name: sum(counts["tokens"] for counts in split["domains"].values())
             for name, split in manifest["splits"].items()
         },
-    } | {key: manifest[key] for key in ("quality",) if key in manifest}
+    } | ({"quality": _quality(manifest["quality"])} if "quality" in manifest else {})
+
+
+def _quality(found: dict[str, Any]) -> dict[str, Any]:
+    """What a reader wants of dirt and filters; domains, labels and reasons one by one are in the dataset's manifest."""
+    keys = ("filter", "documents", "removed", "bytes", "removed_bytes")
+    keys += ("precision", "recall", "clean_removed", "auc")
+    outcomes = [{key: one[key] for key in keys} for one in found["outcomes"]]
+    same = ("inject", "filter", "packages", "kept_labels")
+    return {key: found[key] for key in same} | {"outcomes": outcomes}
