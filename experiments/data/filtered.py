@@ -29,7 +29,7 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
             "c4",
             "fineweb",
             "classifier keep=0.75",
-            "perplexity_ngram keep=0.85",
+            "perplexity_ngram against=unigram keep=0.85",
         ),
     )
     config.update(PRESETS[preset])
