@@ -4,8 +4,8 @@
 
 Lab book
   machine    2 cores of an AMD EPYC (AVX-512), shared (load 10 to 16), jax 0.12.0.1
-  wall time  240 s of training, on that load; the preset `epochs` is not measured
-  result     2.3897 bits per byte on the same documents (seed 0); Kneser-Ney bigram 2.4392. One seed: clean 2.3682 and
+  wall time  59 s of training, on a lower load (5); the preset `epochs` is not measured
+  result     2.3818 bits per byte on the same documents (seed 0); Kneser-Ney bigram 2.4383. One seed: clean 2.3682 and
              dirty 2.4304 stand beside it, and what each filter did is in `moelab data show`.
   date       2026-11-29, schema 2
 """
