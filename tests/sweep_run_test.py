@@ -1,5 +1,6 @@
 """Sweeps' running: skipped, retried, interrupted, killed; with a stand-in for `moelab run`, once with the real one."""
 
+import functools
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import pytest
 import run_directory
 
 import moelab
-from moelab import metrics, sweep, sweep_file
+from moelab import environment, metrics, sweep, sweep_file
+from moelab.cli import main, sweep_display
 from moelab.report import card as cards
 from moelab.sweep import cluster, local
 from moelab.sweep_file import FAILED, FINISHED, INTERRUPTED, SUBMITTED, WAITING, SweepError
@@ -122,6 +124,67 @@ def test_failed_points_are_named_and_retried_on_request(made):
     assert statuses(directory) == [FINISHED] * 3 and directory.entries[1].attempts == 2
     kept = [(directory.run_directory(e) / "checkpoints").exists() for e in directory.entries]
     assert kept == [True, False, True]
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def call(self, made, monkeypatch, capsys):
+        """Runs `moelab sweep` with the stand-in; returns the exit code and what was printed."""
+        monkeypatch.setattr(environment, "prepare", lambda: None)
+        monkeypatch.setattr(sweep, "run", functools.partial(sweep.run, command_of=made.command))
+
+        def run(*words):
+            source = f"--config={made.folder / 'x.py'}"
+            code = main(["sweep", source, "--sweep=k", f"--workdir={made.path}", *words])
+            return code, *capsys.readouterr()
+
+        return run
+
+    def test_finished_is_0_and_failed_is_1(self, made, call):
+        made.behaviour = {"k=2": "fail"}
+        code, out, err = call()
+        assert code == 1 and "2 of 3 points finished" in out
+        assert "failed: k=2: the reason" in err and "--retry runs them again" in err
+        code, _, err = call()
+        assert code == 1 and "3 points: 2 finished, 1 failed" in err  # listed, not run
+        assert made.starts().count("k=2") == 1
+        made.ran.with_name("ran.txt.mended").touch()
+        code, out, err = call("--retry")
+        assert code == 0 and "3 of 3 points finished" in out and "moelab report" in err
+
+    def test_the_list_knows_what_a_point_took(self, made, call):
+        call("--json")
+        found = json.loads(call("--list", "--json")[1])["points"]
+        assert all(p["status"] == FINISHED and p["expected_seconds"] > 0 for p in found)
+
+    def test_a_stopped_sweep_is_75(self, made, call, monkeypatch):
+        made.behaviour = {"k=1": "30"}
+
+        def tick(self, running):
+            if any(seconds > 0.3 for seconds in running.values()):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(sweep_display.Display, "tick", tick)
+        code, out, err = call()
+        assert code == 75 and "0 of 3 points finished" in out and "goes on from here" in err
+
+
+def test_slurm_that_is_not_there(made):
+    pytest.importorskip("submitit")
+    words = [sys.executable, "-m", "moelab", "sweep", f"--config={made.folder / 'x.py'}"]
+    words += ["--sweep=k", f"--workdir={made.path}", "--slurm", "--slurm_option=timeout_min=5"]
+    variables = {**os.environ, "PATH": "/nowhere", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=120)
+    assert done.returncode == 2 and "moelab: slurm: " in done.stderr
+
+
+def test_how_far_a_run_is_shown(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert sweep_display.last_step(path) == "starting"
+    path.write_text('{"kind": "event"}\n')
+    assert sweep_display.last_step(path) == "compiling"
+    path.write_text('{"kind": "train", "step": 7, "loss": 3.14159}\n{"kind": "train", "ste')
+    assert sweep_display.last_step(path) == "step 7, loss 3.142"
 
 
 def test_a_grown_sweep_keeps_what_is_there(made):
