@@ -158,6 +158,7 @@ class TestTypos:
             ("config diff demo", "the following arguments are required: B"),
             ("env --config.model.width=3", "'moelab env' takes no config overrides"),
             ("env --jsn", "did you mean --json?"),
+            ("verify x --seed=1", "are for --rerun=NAME"),
             ("verify", "'moelab verify' wants RUN, or --rerun=NAME"),
             ("verify nowhere", "no such run: nowhere"),
             ("report nowhere", "no such run: nowhere"),

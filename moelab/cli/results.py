@@ -78,6 +78,8 @@ def verify(args: argparse.Namespace) -> int:
         from moelab.cli import baselines
 
         return baselines.rerun(args)
+    if args.seed is not None or args.record or args.workdir:
+        raise UserError("--seed, --workdir and --record are for --rerun=NAME")
     if not args.run:
         raise UserError(f"'{args.parser.prog}' wants RUN, or --rerun=NAME")
     environment.prepare()
