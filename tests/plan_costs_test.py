@@ -12,6 +12,7 @@ from moelab.plan import (
     attribution,
     calibration,
     claims,
+    clouds,
     evidence,
     figures,
     hardware,
@@ -50,7 +51,7 @@ def test_every_constant_has_a_source_and_a_date(name, figure):
 
 
 def test_every_other_source_has_a_date():
-    sources = [i.source for i in prices.INSTANCES] + [r.source for r in training.published_rows()]
+    sources = [i.source for i in clouds.INSTANCES] + [r.source for r in training.published_rows()]
     for model in published.MODELS.values():
         sources += [model.source, *([model.published] if model.published else [])]
     assert len(sources) > 40
@@ -71,7 +72,7 @@ def test_dollars_and_joules():
     [
         ("b200", "cheap", "no price basis 'cheap'; there are owner"),
         ("b200", "hyperscale", "did you mean hyperscaler"),
-        ("b300", "owner", "known are neocloud; give dollars"),
+        ("b300", "owner", "known are blended; give dollars"),
         ("a100", "owner", "none is known"),
         ("b200", "-1", "above 0, got -1"),
     ],
@@ -284,7 +285,8 @@ def test_verdicts_follow_from_the_numbers(report):
     shared, found = report
     by_name = {c.name: c for c in found}
     assert by_name["fp4_doubles"].verdict == "not supported"
-    assert by_name["new_gpu"].verdict == "supported"
+    # 1.55 times as fast: more than the ratio of owners' prices (1.95 / 1.41), less than that of AWS's (14.24 / 8)
+    assert by_name["new_gpu"].verdict == "partly"
     tenfold = dataclasses.replace(
         shared.whole, factors={"fp4_bytes": 9.0, "silicon": 1.1}, after=9.9 * shared.whole.before
     )
@@ -313,12 +315,53 @@ def test_quality_is_joined_to_cost(report):
     assert study["nvfp4_wa"].bits[0] == nvfp4["bits_per_byte"]
 
 
-def test_unverified_instances_are_marked(report):
-    _, found = report
-    text = " ".join(what for what, _ in next(c for c in found if c.name == "clouds").evidence)
-    assert text.count("(unverified)") == sum(
-        i.source.status == "unverified" for i in prices.INSTANCES
-    )
+def test_what_a_new_gpu_costs_decides_whether_it_pays(report):
+    shared, _ = report
+    for gain, verdict in ((2.1, "supported"), (1.55, "partly"), (1.2, "not supported")):
+        pairs = {"h200 to b200": evidence.Pairs("h200 to b200", np.array([gain]))}
+        assert claims._silicon(dataclasses.replace(shared, pairs=pairs)).verdict == verdict
+    unpriced = dataclasses.replace(shared.point, after=("b300x8", "nvfp4"))
+    found = claims._silicon(dataclasses.replace(shared, point=unpriced))
+    assert found.verdict == "not testable here" and "modelled, h200 to b300" in found.because
+
+
+def test_measured_pairs_are_of_the_point_or_not_used(report):
+    """Pairs of FP8 and FP4 say nothing about bfloat16."""
+    shared, _ = report
+    point = dataclasses.replace(shared.point, before=("h200x8", "bf16"))
+    pairs = {"fp8 to fp4": evidence.Pairs("x", np.array([9.0]))}
+    other = claims._doubles(dataclasses.replace(shared, point=point, pairs=pairs))
+    assert "9.00x" not in other.because
+    assert "9.00x" in claims._doubles(dataclasses.replace(shared, pairs=pairs)).because
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"after": ("h200x8", "fp8")}, "are the same: h200x8:fp8"),
+        ({"after": ("b200x8", "bf16")}, "wants SYSTEM:nvfp4 or another of 4 bits, got b200x8:bf16"),
+    ],
+)
+def test_points_that_test_nothing(changed, message):
+    with pytest.raises(UserError, match=message):
+        claims.report(claim_lib.Point(**changed))
+
+
+def test_clouds_count_where_a_source_names_the_machine(report, monkeypatch):
+    shared, found = report
+    claim = next(c for c in found if c.name == "clouds")
+    text = " ".join(what for what, _ in claim.evidence)
+    assert text.count("(unverified)") == sum(not i.verified for i in clouds.INSTANCES) == 2
+    assert claim.verdict == "supported" and "AWS p6-b200: b200, 14.24 $/GPU-hour" in text
+    fewer = [i for i in clouds.INSTANCES if i.cloud != "Azure" or i.gpu in ("h100", "gb300")]
+    memory = dataclasses.replace(fewer[0].source, status="unverified")
+    unsure = [dataclasses.replace(i, source=memory) if i.gpu == "gb300" else i for i in fewer]
+    monkeypatch.setattr(clouds, "INSTANCES", tuple(unsure))
+    partly = claims._clouds(shared)
+    assert partly.verdict == "partly" and "none at Azure" in partly.because
+    everywhere = [dataclasses.replace(i, source=memory) for i in unsure]
+    monkeypatch.setattr(clouds, "INSTANCES", tuple(everywhere))
+    assert claims._clouds(shared).verdict == "not testable here"
 
 
 def test_published_rates_that_are_in_no_fit():

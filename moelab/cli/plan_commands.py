@@ -47,8 +47,8 @@ def declare(commands) -> None:
     text = "the figures of GPUs, models, recipes and prices, with their sources"
     facts = words.add(below, "facts", "plan_reports:facts", text)
     facts.add_argument(
-        "what", choices=("gpus", "models", "recipes", "prices", "calibration"), metavar="WHAT",
-        help="gpus, models, recipes, prices or calibration",
+        "what", metavar="WHAT", help="gpus, models, recipes, prices, clouds or calibration",
+        choices=("gpus", "models", "recipes", "prices", "clouds", "calibration"),
     )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def _conditions(parser: argparse.ArgumentParser) -> None:
         "--price",
         metavar="BASIS",
         default="owner",
-        help="owner, low, neocloud, hyperscaler, or $ per GPU-hour (owner)",
+        help="owner, low, neocloud, blended, hyperscaler, aws, azure, google, or $ per GPU-hour (owner)",
     )
     parser.add_argument(
         "--utilisation", type=words.share, default=1.0, metavar="P", help="share of busy time (1)"

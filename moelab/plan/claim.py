@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from moelab.errors import UserError
 from moelab.plan import attribution, evidence, hardware, published, recipes
 from moelab.plan.attribution import Attribution, Way
 from moelab.plan.serving import Load
@@ -71,7 +72,18 @@ class Setting:
 
 
 def setting(point: Point) -> Setting:
-    """Computes what the claims share."""
+    """Computes what the claims share.
+
+    Raises:
+      UserError: the two sides are the same, --after is not of 4 bits, or there is no such model or system.
+    """
+    if point.before == point.after:
+        raise UserError(f"--before and --after are the same: {':'.join(point.before)}")
+    if recipes.named(point.after[1]).bits["experts"] > 5:
+        raise UserError(
+            f"the claims are about experts in 4 bits: --after wants SYSTEM:nvfp4 or another of 4 bits, got "
+            f"{':'.join(point.after)}"
+        )
     model = published.find(point.model)
     before, after = point.way(*point.before), point.way(*point.after)
     middle = point.way(point.after[0], point.before[1])

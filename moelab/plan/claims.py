@@ -10,14 +10,23 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from moelab.plan import attribution, evidence, hardware, prices, published, recipes, search
+from moelab.plan import (
+    attribution,
+    clouds,
+    evidence,
+    hardware,
+    prices,
+    published,
+    recipes,
+    search,
+)
 from moelab.plan.attribution import Attribution, Way
 from moelab.plan.claim import Claim, Point, Setting, setting
 from moelab.plan.figures import scaled
 from moelab.plan.serving import Load
 from moelab.plan.work import Layout
 
-EVERYWHERE = ("owner", "neocloud", "hyperscaler")
+EVERYWHERE = tuple(basis for basis in prices.BASES if basis != "low")  # offers that all can have
 
 
 def report(point: Point | None = None) -> tuple[Setting, tuple[Claim, ...]]:
@@ -43,6 +52,16 @@ def _shares(found: Attribution) -> str:
     return f"modelled, {found.basis}: {found.gain:.2f}x [{low:.2f}, {high:.2f}] = {parts}"
 
 
+def price_ratios(point: Point) -> dict[str, float]:
+    """Returns the price of the newer GPU over the older one's, by every basis that is known of both."""
+    found = {basis: price_ratio(point, basis) for basis in EVERYWHERE}
+    return {basis: ratio for basis, ratio in found.items() if ratio}
+
+
+def _by_basis(ratios: dict[str, float]) -> str:
+    return ", ".join(f"{b} {r:.2f}x" for b, r in ratios.items()) or "not known of both GPUs"
+
+
 def price_ratio(point: Point, basis: str) -> float | None:
     """Returns the price of the newer GPU over the older one's; None where one is not known."""
     names = [hardware.system(s).gpu.name for s, _ in (point.before, point.after)]
@@ -52,14 +71,15 @@ def price_ratio(point: Point, basis: str) -> float | None:
 
 def _collapse(s: Setting) -> Claim:
     fp4 = math.log(s.whole.factors.get("fp4_bytes", 1) * s.whole.factors.get("fp4_flops", 1))
-    share = fp4 / math.log(s.whole.gain)
-    ratios = {b: price_ratio(s.point, b) for b in EVERYWHERE}
-    cheaper = {b: s.whole.gain / r for b, r in ratios.items() if r}
-    if min(cheaper.values()) <= 1:
+    share = fp4 / math.log(s.whole.gain) if s.whole.gain != 1 else 0.0
+    cheaper = {b: s.whole.gain / r for b, r in price_ratios(s.point).items()}
+    spread = f"{min(cheaper.values()):.2f} to {max(cheaper.values()):.2f}" if cheaper else ""
+    if not cheaper:
+        verdict = "not testable here"
+    elif min(cheaper.values()) <= 1:
         verdict = "partly" if max(cheaper.values()) > 1 else "not supported"
     else:
         verdict = "supported" if share > 0.5 and min(cheaper.values()) >= 3 else "partly"
-    costs = ", ".join(f"{b} {c:.2f}x" for b, c in cheaper.items())
     return Claim(
         "fp4_collapse",
         "FP4 on B200 collapses the cost of serving MoE models against H100 and H200",
@@ -67,7 +87,7 @@ def _collapse(s: Setting) -> Claim:
         (
             (_shares(s.whole), "moelab plan"),
             (
-                f"cost per token before over after, by price basis: {costs}",
+                f"cost per token before over after, by price basis: {_by_basis(cheaper)}",
                 "moelab plan, prices.py",
             ),
             *_measured(s, "h200 to b200"),
@@ -76,9 +96,13 @@ def _collapse(s: Setting) -> Claim:
             _published("qwen3_235b_b200_over_h200"),
         ),
         verdict,
-        f"{s.whole.gain:.1f}x the throughput, of which FP4 is {100 * share:.0f} % of the logarithm; tokens are "
-        f"{min(cheaper.values()):.2f} to {max(cheaper.values()):.2f} times cheaper by price basis "
-        "(supported: FP4 above half, and 3 times cheaper on every basis)",
+        f"{s.whole.gain:.1f}x the throughput, of which FP4 is {100 * share:.0f} % of the logarithm; "
+        + (
+            f"tokens are {spread} times cheaper by price basis "
+            if cheaper
+            else "no prices of both "
+        )
+        + "(supported: FP4 above half, and 3 times cheaper on every basis)",
         tuple(s.whole.factors.items()),
         "factor of the gain",
     )
@@ -110,8 +134,14 @@ def _thirty_five(s: Setting) -> Claim:
     )
 
 
+def _is_fp8_to_fp4(point: Point) -> bool:
+    """Whether the measured pairs of FP8 and FP4 are about this point."""
+    before, after = (recipes.named(precision) for _, precision in (point.before, point.after))
+    return before.compute["experts"] == "fp8" and after.compute["experts"] == "fp4"
+
+
 def _doubles(s: Setting) -> Claim:
-    found = s.pairs.get("fp8 to fp4")
+    found = s.pairs.get("fp8 to fp4") if _is_fp8_to_fp4(s.point) else None
     number = found.median if found else s.equal.gain
     modelled = (("modelled", s.equal.gain),)
     bars = (*modelled, *((("measured", found.median),) if found else ()), ("claimed", 2.0))
@@ -182,23 +212,44 @@ def _silicon(s: Setting) -> Claim:
     a = s.point.way(s.point.before[0], s.point.before[1])
     b = s.point.way(s.point.after[0], s.point.before[1])
     found = attribution.equal_configuration(model, a, b, Layout(8), 32)
-    measured = s.pairs.get("h200 to b200")
+    gpus = [hardware.system(system).gpu.name for system, _ in (s.point.before, s.point.after)]
+    measured = s.pairs.get(" to ".join(gpus))  # of this pair of GPUs, or none
     number = measured.median if measured else found.gain
+    cheaper = {b: number / r for b, r in price_ratios(s.point).items()}
     return Claim(
         "new_gpu",
         "A new GPU pays without a new format",
-        "time per output token on the older over the newer GPU at equal precision, layout and batch",
+        "time per output token on the older over the newer GPU at equal precision, layout and batch, over the ratio of "
+        "their prices",
         (
             (_shares(found), "moelab plan"),
             *_measured(s, "h200 to b200"),
             *_measured(s, "h100 to h200"),
             *_measured(s, "b200 to b300"),
+            (
+                f"price, newer over older: {_by_basis(price_ratios(s.point))}",
+                "moelab plan, prices.py",
+            ),
+            (
+                f"cost per token, older over newer: {_by_basis(cheaper)}",
+                "moelab plan, prices.py",
+            ),
         ),
-        "supported" if number > 1.3 else "partly" if number > 1.1 else "not supported",
-        f"{number:.2f}x at equal configuration and precision (supported from 1.3x)",
+        _pays(tuple(cheaper.values())),
+        f"{number:.2f}x as fast ({'measured' if measured else 'modelled'}, {' to '.join(gpus)}); cost per token, older "
+        f"over newer: {_by_basis(cheaper)} (supported: above 1 on every basis, partly: on some); larger batches at "
+        "equal interactivity come on top",
         tuple((name, p.median) for name, p in s.pairs.items()) or (("modelled", found.gain),),
         "speed-up at equal configuration",
     )
+
+
+def _pays(cheaper: tuple[float, ...]) -> str:
+    if not cheaper:
+        return "not testable here"
+    if min(cheaper) > 1:
+        return "supported"
+    return "partly" if max(cheaper) > 1 else "not supported"
 
 
 def _nvlink(s: Setting) -> Claim:
@@ -272,27 +323,35 @@ def _trillions(s: Setting) -> Claim:
 
 
 def _clouds(s: Setting) -> Claim:
-    offers = tuple(
-        (
-            f"{i.cloud} {i.name}: {i.gpu}"
-            + (" (unverified)" if i.source.status == "unverified" else ""),
-            f"{i.source.text}, {i.source.date}",
-        )
-        for i in prices.INSTANCES
-    )
-    ratios = {b: price_ratio(s.point, b) for b in EVERYWHERE}
-    words = ", ".join(f"{b} {r:.2f}x" for b, r in ratios.items() if r)
+    fp4 = [i for i in clouds.INSTANCES if "fp4" in hardware.find(i.gpu).peaks]
+    sure = sorted({i.cloud for i in fp4 if i.verified})
+    missing = sorted({i.cloud for i in clouds.INSTANCES} - set(sure))
+    words = _by_basis(price_ratios(s.point))
     return Claim(
         "clouds",
         "The large clouds sell it",
-        "a dated list of instances, and what they cost against the older GPU",
-        (*offers, (f"price of the newer over the older GPU: {words}", "moelab plan, prices.py")),
-        "supported",
-        "AWS, Azure and Google Cloud list them (names unverified where marked); offered is not on demand, and the "
-        f"ratio of list prices is what decides whether it pays: {words}",
-        tuple((b, r) for b, r in ratios.items() if r),
+        "a dated list of machines with FP4 tensor cores, who says so, and what they cost against the older GPU",
+        (
+            *(_offer(i) for i in clouds.INSTANCES),
+            (f"price of the newer over the older GPU: {words}", "moelab plan, prices.py"),
+        ),
+        "supported" if not missing else "partly" if sure else "not testable here",
+        f"a source other than memory names such a machine at {', '.join(sure) or 'none of them'}"
+        + (f", none at {', '.join(missing)}" if missing else "")
+        + " (supported: at all three); offered is not on demand: AWS began with reserved blocks; whether it pays is "
+        f"decided by the ratio of prices: {words}",
+        tuple(price_ratios(s.point).items()),
         "price, newer over older GPU",
     )
+
+
+def _offer(i: clouds.Instance) -> tuple[str, str]:
+    mark = "" if i.verified else " (unverified)"
+    price, source = "", f"{i.source.text}, {i.source.date} ({i.source.status})"
+    if i.price is not None:
+        price = f", {i.price}"
+        source += f"; price: {i.price.source.text}, {i.price.source.date}"
+    return f"{i.cloud} {i.name}: {i.gpu}{price}{mark}", source
 
 
 def _verification(s: Setting) -> Claim:

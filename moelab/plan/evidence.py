@@ -25,13 +25,28 @@ _DEEPEP = "DeepEP and NVLink two-sided exchange, kernel tables of aiconfigurator
 _INFERENCEX = "InferenceX pages; tokens probably input and output"
 _TRT = "TensorRT-LLM performance overview, commit 03e27c7d, maximum load"
 EVIDENCE: dict[str, Figure] = {
-    "exchange_nvl72_ep64": _figure(71e-6, "s per layer, dispatch and combine", _DEEPEP, "2026-07"),
-    "exchange_ib_ep32": _figure(406e-6, "s per layer, dispatch and combine", _DEEPEP, "2026-07"),
+    "exchange_nvl72_ep64": _figure(
+        71e-6, "s per layer, dispatch and combine over 64 GPUs of GB200 NVL72", _DEEPEP, "2026-07"
+    ),
+    "exchange_ib_ep32": _figure(
+        406e-6,
+        "s per layer, dispatch and combine over 4 x 8 H100 by InfiniBand",
+        _DEEPEP,
+        "2026-07",
+    ),
     "gb200_over_b200_at_125": _figure(
-        4.39, "times tokens/s/GPU, R1 1k/1k FP4 with MTP", _INFERENCEX, "2026", "third party"
+        4.39,
+        "times tokens/s/GPU, GB200 NVL72 over B200, R1 1k/1k FP4 with MTP, 125 tokens/s/user",
+        _INFERENCEX,
+        "2026",
+        "third party",
     ),
     "gb200_over_b200_at_164": _figure(
-        1.09, "times tokens/s/GPU, R1 8k/1k FP8", _INFERENCEX, "2026", "third party"
+        1.09,
+        "times tokens/s/GPU, GB200 NVL72 over B200, R1 8k/1k FP8, 164 tokens/s/user",
+        _INFERENCEX,
+        "2026",
+        "third party",
     ),
     "v3_h800_node": _figure(
         14.8e3,
@@ -39,10 +54,14 @@ EVIDENCE: dict[str, Figure] = {
         "deepseek-ai/open-infra-index, day 6",
         "2025-03",
     ),
-    "r1_b200_over_h200": _figure(3.97, "times tokens/s/GPU, 1k/1k, FP4 over FP8", _TRT, "2025"),
-    "gpt_oss_b200_over_h200": _figure(3.78, "times tokens/s/GPU, 1k/1k", _TRT, "2025"),
+    "r1_b200_over_h200": _figure(
+        3.97, "times tokens/s/GPU, R1, B200 in FP4 over H200 in FP8, 1k/1k", _TRT, "2025"
+    ),
+    "gpt_oss_b200_over_h200": _figure(
+        3.78, "times tokens/s/GPU, gpt-oss-120b, B200 over H200, 1k/1k", _TRT, "2025"
+    ),
     "qwen3_235b_b200_over_h200": _figure(
-        1.75, "times tokens/s/GPU, 1k/1k, FP4 over FP8", _TRT, "2025"
+        1.75, "times tokens/s/GPU, Qwen3-235B, B200 in FP4 over H200 in FP8, 1k/1k", _TRT, "2025"
     ),
     "mlperf_software": _figure(
         2.77,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from moelab.plan import calibrate, calibration, hardware, prices, published, recipes
+from moelab.plan import calibrate, calibration, clouds, hardware, prices, published, recipes
 from moelab.plan.figures import Figure, scaled
 
 
 def rows(what: str) -> tuple[tuple[str, ...], list[tuple]]:
-    """Returns (columns, rows) of gpus, models, recipes, prices or calibration."""
+    """Returns (columns, rows) of gpus, models, recipes, prices, clouds or calibration."""
     return {
         "gpus": gpus,
         "models": models,
         "recipes": formats,
         "prices": costs,
+        "clouds": instances,
         "calibration": calibrated,
     }[what]()
 
@@ -85,6 +86,16 @@ def costs() -> tuple[tuple[str, ...], list[tuple]]:
         for basis, figure in table.items()
     ]
     return ("GPU", "basis", "price", "source", "other prices", "basis means"), found
+
+
+def instances() -> tuple[tuple[str, ...], list[tuple]]:
+    """Lists the machines of the clouds, and prices where they are known by cloud."""
+    found = []
+    for i in clouds.INSTANCES:
+        price = _sourced(i.price)[:2] if i.price else ("not known here", "-")
+        where = f"{i.source.text}, {i.source.date} ({i.source.status})"
+        found.append((i.cloud, i.name, i.gpu, where, *price))
+    return ("cloud", "machine", "GPU", "source", "price", "source of the price"), found
 
 
 def calibrated() -> tuple[tuple[str, ...], list[tuple]]:

@@ -6,18 +6,20 @@ seven for the same GPU. So every cost is printed with the basis, the source and 
 
 from __future__ import annotations
 
-import dataclasses
-
 from moelab import spelling
 from moelab.errors import UserError
 from moelab.plan.figures import Figure, Source
 
-BASES = ("owner", "low", "neocloud", "hyperscaler")
+BASES = ("owner", "low", "neocloud", "blended", "hyperscaler", "aws", "azure", "google")
 ABOUT = {
     "owner": "total cost of ownership, as SemiAnalysis estimates it",
     "low": "spot and the cheapest offers seen",
     "neocloud": "on demand or reserved at CoreWeave, Lambda, Nebius, Crusoe and the like",
-    "hyperscaler": "list prices of AWS, Azure and Google Cloud",
+    "blended": "average of North American offers, neoclouds and hyperscalers together",
+    "hyperscaler": "upper end of the list prices of AWS, Azure and Google Cloud",
+    "aws": "list price of Amazon Web Services",
+    "azure": "list price of Microsoft Azure",
+    "google": "list price of Google Cloud",
 }
 _UNIT = "$/GPU-hour"
 
@@ -30,11 +32,11 @@ _TCO = _source("SemiAnalysis InferenceX blogs", "2026")
 _TCO_COMPUTED = _source("back-computed from InferenceX's $ per million tokens", "2026", "computed")
 _COMPUX = _source("compux 2026 price index", "2026-03")
 _AIMULTIPLE = _source("aimultiple, GPU prices of clouds", "2026-05")
-_MERCATUS = _source("mercatus, GPU prices of clouds", "2026-05")
-_PACKET = _source("packet.ai, GPU prices", "2026-06")
-_SPHERON = _source("spheron, GPU prices", "2026-03")
-_LYCEUM = _source("lyceum and spheron, GPU prices", "2026-03")
-_INWORLD = _source("inworld, GPU prices", "2026-04")
+_MERCATUS = _source("mercatus-ai.com, GPU prices of clouds by tier", "2026-05")
+_DEPLOYBASE = _source("deploybase.ai, Azure against Google Cloud, with AWS beside them", "2026")
+_PACKET = _source("packet.ai, GPU prices and pricing models", "2026-06")
+_SPHERON = _source("spheron.network, H200, B200 and GB200", "2026-03-17")
+_LYCEUM = _source("lyceum.technology, B200 prices", "2026-03-11")
 _SIGNWL = _source("signwl, GPU prices", "2026-04")
 
 
@@ -42,74 +44,51 @@ def _usd(value: float, source: Source, *others: tuple[float, str]) -> Figure:
     return Figure(value, _UNIT, source, others)
 
 
+_BLOCKS_H100 = (4.916, "AWS Capacity Blocks, 2024-12")
+_BLOCKS_H200 = (5.408, "AWS Capacity Blocks, 2024-12")
 PRICES: dict[str, dict[str, Figure]] = {
     "h100": {
         "owner": _usd(1.31, _TCO_COMPUTED),
         "low": _usd(1.47, _AIMULTIPLE, (1.99, "another low offer")),
         "neocloud": _usd(2.35, _COMPUX, (2.95, "median of posted prices, aimultiple 2026-05")),
-        "hyperscaler": _usd(6.88, _MERCATUS, (3.5, "the cheapest list price")),
+        "hyperscaler": _usd(
+            6.88, _DEPLOYBASE, (3.5, "lowest, mercatus 2026-05"), (5.0, "highest, mercatus 2026-05")
+        ),
+        "aws": _usd(
+            6.88,
+            _DEPLOYBASE,
+            (12.29, "98.32 for 8, deploybase's page on AWS, 2026-03"),
+            _BLOCKS_H100,
+        ),
+        "azure": _usd(11.06, _DEPLOYBASE, (6.98, "H100 NVL, one GPU to a machine")),
+        "google": _usd(11.06, _DEPLOYBASE),
     },
     "h200": {
         "owner": _usd(1.41, _TCO),
         "low": _usd(2.25, _PACKET),
-        "neocloud": _usd(3.5, _SPHERON, (2.5, "lowest"), (4.5, "highest")),
-        "hyperscaler": _usd(7.0, _SPHERON, (4.5, "lowest"), (5.41, "AWS Capacity Blocks, 2024")),
+        "neocloud": _usd(3.5, _MERCATUS, (2.5, "lowest"), (4.54, "on demand, spheron 2026-03")),
+        "hyperscaler": _usd(7.0, _MERCATUS, (4.5, "lowest"), _BLOCKS_H200),
+        "aws": _usd(8.0, _PACKET, _BLOCKS_H200),
     },
     "b200": {
         "owner": _usd(1.95, _TCO),
-        "low": _usd(2.25, _LYCEUM, (2.65, "reserved"), (3.75, "on demand")),
-        "neocloud": _usd(4.5, _INWORLD, (6.03, "highest"), (7.52, "blended, signwl 2026-04")),
+        "low": _usd(2.25, _LYCEUM, (2.65, "reserved"), (3.75, "on demand, packet.ai 2026-06")),
+        "neocloud": _usd(4.5, _LYCEUM, (6.0, "highest"), (6.03, "on demand, spheron 2026-03")),
+        "blended": _usd(7.52, _SIGNWL),
         "hyperscaler": _usd(14.24, _SIGNWL),
+        "aws": _usd(14.24, _PACKET),
     },
     "gb200": {
         "owner": _usd(2.21, _TCO),
         "low": _usd(4.54, _SPHERON, (9.08, "per superchip of two GPUs")),
-        "neocloud": _usd(12.47, _SIGNWL, (4.54, "spheron 2026-03")),
+        "blended": _usd(12.47, _SIGNWL),
     },
-    "gb300": {
-        "owner": _usd(2.65, _TCO),
-        "neocloud": _usd(12.32, _SIGNWL),
-    },
-    "b300": {"neocloud": _usd(10.31, _SIGNWL)},
+    "gb300": {"owner": _usd(2.65, _TCO), "blended": _usd(12.32, _SIGNWL)},
+    "b300": {"blended": _usd(10.31, _SIGNWL)},
     "rtx_pro_6000": {
         "low": _usd(0.54, _SIGNWL, (0.66, "packet.ai 2026-06")),
     },
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Instance:
-    """What a cloud calls its machines with a GPU.
-
-    Attributes:
-      cloud, name, gpu: who, what, which GPU.
-      source: of the statement.
-    """
-
-    cloud: str
-    name: str
-    gpu: str
-    source: Source
-
-
-_MEMORY = Source("moelab fact sheet on hardware, from memory", "2026-11", "unverified")
-_NEXTPLATFORM = Source("nextplatform.com on AWS UltraServers", "2025", "third party")
-INSTANCES = (
-    Instance("AWS", "p5", "h100", _MEMORY),
-    Instance("AWS", "p5en", "h200", _MEMORY),
-    Instance("AWS", "p6-b200.48xlarge", "b200", _MEMORY),
-    Instance("AWS", "p6-b300", "b300", _MEMORY),
-    Instance("AWS", "u-p6e-gb200x72", "gb200", _NEXTPLATFORM),
-    Instance("Azure", "ND H100 v5", "h100", _MEMORY),
-    Instance("Azure", "ND H200 v5", "h200", _MEMORY),
-    Instance("Azure", "ND GB200 v6", "gb200", _MEMORY),
-    Instance("Azure", "ND GB300 v6", "gb300", _MEMORY),
-    Instance("Google Cloud", "A3 High and Mega", "h100", _MEMORY),
-    Instance("Google Cloud", "A3 Ultra", "h200", _MEMORY),
-    Instance("Google Cloud", "A4", "b200", _MEMORY),
-    Instance("Google Cloud", "A4X", "gb200", _MEMORY),
-    Instance("Google Cloud", "A4X Max", "gb300", _MEMORY),
-)
 
 # Wall power of one GPU's share of a server over what the GPU is sold with: MLPerf Inference v5.1 measured 9.89 and
 # 10.4 kW for 8 x B200 of 1 kW (Lenovo).
