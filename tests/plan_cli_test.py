@@ -50,6 +50,11 @@ def test_a_plan(capsys):
     assert lines[0].startswith("system") and "$/M tok" in lines[0]
     assert any(line.startswith("b200x8  nvfp4") for line in lines)
     assert re.search(r"b200x8 nvfp4 pays up to \d\.\d\d times the GPU-hour of h200x8 fp8", out)
+    at_50 = re.search(r"b200x8 nvfp4 at 50 tokens/s/user: (\d+) \[(\d+), (\d+)\] tokens/s/GPU", out)
+    best, low, high = map(int, at_50.groups())
+    # wider than the band of one configuration: at half the speed a batch is smaller too
+    bounds = calibration.shipped().bounds(False)
+    assert low < best / bounds[1] and high > best / bounds[0]
     assert "basis owner" in err and "80 % band" in err and "unverified" not in err
 
 
@@ -63,6 +68,23 @@ def test_json_has_the_whole_front(capsys):
         assert row["dollars_per_million"] == pytest.approx(
             prices.per_million(3, row["gpu_tokens_per_s"])
         )
+        for name in ("gpu_tokens_per_s", "dollars_per_million", "joules_per_token"):
+            assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
+            assert row[f"{name}_high"] / row[f"{name}_low"] == pytest.approx(
+                row["tpot_ms_high"] / row["tpot_ms_low"]
+            )
+    assert read["equal_speed"] == []
+
+
+def test_json_compares_at_one_speed(capsys):
+    words = ("--hardware=b200x8,h200x8", "--precision=nvfp4,fp8", "--json", "--price=3")
+    _, out, _ = run(capsys, *words, "--user=50")
+    first, second = json.loads(out)["equal_speed"]
+    assert second["break_even_of"] == "b200x8 nvfp4" and "break_even" not in first
+    assert second["break_even"] == first["gpu_tokens_per_s"] / second["gpu_tokens_per_s"]
+    _, out, _ = run(capsys, *words, "--user=170")
+    first, second = json.loads(out)["equal_speed"]
+    assert first["gpu_tokens_per_s"] and second["gpu_tokens_per_s"] is None  # H200 is not so fast
 
 
 def test_unverified_figures_are_printed_as_such(capsys):
@@ -91,9 +113,17 @@ def test_switches_change_the_plan(capsys):
     assert best["draft"] > best["plain"] > best["old"] and best["plain"] > best["vllm"]
 
 
-def test_a_page(capsys, tmp_path):
+def test_software_of_other_years_is_outside(capsys):
+    _, out, err = run(capsys, "--hardware=b200x8", "--software=2027-06-01")
+    assert "software 1.412731 years after 2026-01-01 is above 0.3039" in err
+    assert not re.search(r" ok$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("json_too", [(), ("--json",)])
+def test_a_page(capsys, tmp_path, json_too):
     path = tmp_path / "plan.html"
-    code, _, err = run(capsys, "--hardware=b200x8", "--precision=nvfp4", f"--out={path}")
+    words = ("--hardware=b200x8", "--precision=nvfp4", f"--out={path}", *json_too)
+    code, _, err = run(capsys, *words)
     text = path.read_text()
     assert code == 0 and f"wrote {path}" in err
     assert text.startswith("<!doctype html>") and "<svg" in text and "b200x8" in text
@@ -110,6 +140,10 @@ def test_a_page(capsys, tmp_path):
         (("--hardware=h100x8", "--model=kimi_k2"), "bytes too many per GPU"),
         (("--hardware=b200x8,h200x8", "--precision=fp8,fp8,fp8"), "2 systems, 3 recipes"),
         (("--software=soon",), "wants YYYY-MM-DD, got 'soon'"),
+        (("--software=1990-01-01",), "wants 2024-01-01 to 2028-12-31, got 1990-01-01"),
+        (("--hardware=",), "--hardware wants one name at least"),
+        (("--precision=,",), "--precision wants one name at least"),
+        (("--out=/nowhere/plan.html",), "/nowhere/plan.html cannot be written: No such file"),
         (("--price=cheap",), "no price basis 'cheap'"),
         (("--most_tpot=0.001",), "the limits leave nothing"),
         (("--isl=0",), "wants an int from 1, got '0'"),

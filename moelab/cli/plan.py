@@ -8,21 +8,43 @@ import datetime
 import math
 from pathlib import Path
 
-from moelab.cli import output
+from moelab.cli import output, plan_speed
 from moelab.errors import UserError
 
 COLUMNS = ("system", "precision", "tp", "dp", "ep", "pp", "batch", "ms/token [80 %]", "tok/s/user")
-COLUMNS += ("tok/s/GPU", "first token ms", "GB/GPU", "$/M tok", "J/tok", "range")
+COLUMNS += ("tok/s/GPU", "first token ms", "GB/GPU", "$/M tok [80 %]", "J/tok", "range")
 SHOWN = 7  # rows of a front in a table; JSON has them all
 
 
 def years(text: str) -> float:
-    """Reads a date as years after 2026-01-01."""
+    """Reads a date as years after 2026-01-01.
+
+    Raises:
+      UserError: no date, or one so far from the measured rows that the fitted decline means nothing.
+    """
     try:
         day = datetime.date.fromisoformat(text)
     except ValueError:
         raise UserError(f"a date of software wants YYYY-MM-DD, got {text!r}") from None
+    if not datetime.date(2024, 1, 1) <= day <= datetime.date(2028, 12, 31):
+        raise UserError(
+            f"a date of software wants 2024-01-01 to 2028-12-31, got {text}: what a year of software takes off was "
+            "fitted on measurements of 2025-10 to 2026-04"
+        )
     return (day - datetime.date(2026, 1, 1)).days / 365.25
+
+
+def write_page(path: str, text: str) -> None:
+    """Writes a page.
+
+    Raises:
+      UserError: it cannot be written there.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out={path} cannot be written: {error.strerror}") from None
+    output.note(f"wrote {path}")
 
 
 def paired(systems, precisions) -> list[tuple[str, str]]:
@@ -31,7 +53,9 @@ def paired(systems, precisions) -> list[tuple[str, str]]:
     Raises:
       UserError: other numbers.
     """
-    if not systems or len(precisions) not in (1, len(systems)):
+    if not systems or not precisions:
+        raise UserError(f"--{'precision' if systems else 'hardware'} wants one name at least")
+    if len(precisions) not in (1, len(systems)):
         raise UserError(
             f"--precision wants one recipe, or one per system: {len(systems)} systems, {len(precisions)} recipes"
         )
@@ -71,25 +95,25 @@ def serve(args: argparse.Namespace) -> int:
         results.append(search.search(model, recipes.named(precision), system, load, options))
         costs.append(price_of(system.gpu.name, args.price))
     notes = _notes(results, costs, args, options)
-    if args.json:
-        output.print_json(_plain(results, costs, args, notes))
-        return 0
+    speeds = plan_speed.compared(results, costs, args)
     rows = [
         row
         for found, price in zip(results, costs, strict=True)
         for row in _rows(found, price, args)
     ]
-    output.print_table(COLUMNS, rows)
-    for line in _equal_speed(results, costs, args):
-        print(line)
-    for note in notes:
-        output.note(note)
+    lines = list(map(plan_speed.line, speeds))
+    if args.json:
+        output.print_json(_plain(results, costs, args) | {"equal_speed": speeds, "notes": notes})
+    else:
+        output.print_table(COLUMNS, rows)
+        for line in lines:
+            print(line)
+        for note in notes:
+            output.note(note)
     if args.out:
         from moelab.plan import pages
 
-        lines = [*_equal_speed(results, costs, args), *notes]
-        Path(args.out).write_text(pages.serving(results, COLUMNS, rows, lines), encoding="utf-8")
-        output.note(f"wrote {args.out}")
+        write_page(args.out, pages.serving(results, COLUMNS, rows, [*lines, *notes]))
     return 0
 
 
@@ -109,11 +133,22 @@ def price_of(gpu: str, basis: str):
 def _costs(row: dict, found, price, args) -> dict:
     from moelab.plan import prices
 
-    rate = row["gpu_tokens_per_s"]
-    dollars = None if price is None else prices.per_million(price.value, rate, args.utilisation)
+    def dollars(name: str) -> float | None:
+        return price and prices.per_million(price.value, row[name], args.utilisation)
+
+    def joules(name: str) -> float:
+        return prices.joules(found.system.gpu.power.value, row[name])
+
+    rate = (
+        "gpu_tokens_per_s"  # the more tokens, the fewer dollars: the ends of the band change places
+    )
     return {
-        "dollars_per_million": dollars,
-        "joules_per_token": prices.joules(found.system.gpu.power.value, rate),
+        "dollars_per_million": dollars(rate),
+        "dollars_per_million_low": dollars(f"{rate}_high"),
+        "dollars_per_million_high": dollars(f"{rate}_low"),
+        "joules_per_token": joules(rate),
+        "joules_per_token_low": joules(f"{rate}_high"),
+        "joules_per_token_high": joules(f"{rate}_low"),
     }
 
 
@@ -130,7 +165,7 @@ def _rows(found, price, args) -> list[tuple]:
     for i in _chosen(found):
         row = found.row(i)
         cost = _costs(row, found, price, args)
-        dollars = cost["dollars_per_million"]
+        dollars = [cost[f"dollars_per_million{end}"] for end in ("", "_low", "_high")]
         rows.append(
             (
                 found.system.name,
@@ -141,7 +176,7 @@ def _rows(found, price, args) -> list[tuple]:
                 f"{row['gpu_tokens_per_s']:.0f}",
                 f"{row['ttft_ms']:.0f}",
                 f"{row['used_bytes'] / 1e9:.0f}",
-                "-" if dollars is None else f"{dollars:.2f}",
+                "-" if price is None else "{:.2f} [{:.2f}, {:.2f}]".format(*dollars),
                 f"{cost['joules_per_token']:.3g}",
                 "outside" if row["outside_calibrated_range"] else "ok",
             )
@@ -149,40 +184,13 @@ def _rows(found, price, args) -> list[tuple]:
     return rows
 
 
-def _equal_speed(results, costs, args) -> list[str]:
-    """Compares the systems at one speed: throughput, cost, and the price ratio at which they break even."""
-    from moelab.plan import prices
-
-    if not args.user:
-        return []
-    lines, best = [], []
-    for found, price in zip(results, costs, strict=True):
-        index = found.at_speed(args.user)
-        name = f"{found.system.name} {found.recipe.name}"
-        if index is None:
-            lines.append(
-                f"{name}: nowhere {args.user:g} tokens/s/user; at most {found.user.max():.1f}"
-            )
-            continue
-        row = found.row(index)
-        cost = _costs(row, found, price, args)["dollars_per_million"]
-        money = "" if cost is None else f", {cost:.2f} $ per million tokens"
-        lines.append(
-            f"{name} at {args.user:g} tokens/s/user: {row['gpu_tokens_per_s']:.0f} tokens/s/GPU{money}"
-        )
-        best.append((name, row["gpu_tokens_per_s"]))
-    for name, rate in best[1:]:
-        ratio = prices.break_even(best[0][1], rate)
-        lines.append(f"{best[0][0]} pays up to {ratio:.2f} times the GPU-hour of {name}")
-    return lines
-
-
 def _notes(results, costs, args, options) -> list[str]:
     """Says what the numbers stand on."""
     calibration, first = options.calibration, results[0]
     notes = [
         f"tokens are output tokens; {first.load.isl} in, {first.load.osl} out, {args.mode}, speculative decoding "
-        f"{first.load.draft or 'off'}, overlap {first.load.overlap}, {args.engine} as of {args.software}; 80 % band",
+        f"{first.load.draft or 'off'}, overlap {first.load.overlap}, {args.engine} as of {args.software}; 80 % band, "
+        "the same for tokens/s/GPU, $ and J, at a price taken as exact",
         f"calibrated on {calibration.rows} measured rows ({calibration.source}, {calibration.date}); the time to the "
         "first token is no promise: measured ones are about five times as long under load",
     ]
@@ -196,11 +204,18 @@ def _notes(results, costs, args, options) -> list[str]:
             notes.append(f"{found.system.name}: {name} {found.system.gpu.figures()[name]}")
         if price is not None:
             where = f"{price.source.text}, {price.source.date}"
-            notes.append(f"{found.system.name}: {price}, basis {args.price} ({where})")
+            notes.append(
+                f"{found.system.name}: {price}, basis {args.price} ({where}){_others(price)}"
+            )
     return notes
 
 
-def _plain(results, costs, args, notes) -> dict:
+def _others(price) -> str:
+    found = ", ".join(f"{value:g} {why}" for value, why in price.others)
+    return f"; others: {found}" if found else ""
+
+
+def _plain(results, costs, args) -> dict:
     systems = []
     for found, price in zip(results, costs, strict=True):
         front = [found.row(i) for i in found.front()]
@@ -215,4 +230,4 @@ def _plain(results, costs, args, notes) -> dict:
                 "front": [row | _costs(row, found, price, args) for row in front],
             }
         )
-    return {"systems": systems, "equal_speed": _equal_speed(results, costs, args), "notes": notes}
+    return {"systems": systems}

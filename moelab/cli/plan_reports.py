@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from moelab.cli import output
-from moelab.cli.plan import years
+from moelab.cli.plan import write_page, years
 from moelab.errors import UserError
 
 
@@ -99,8 +99,7 @@ def claims(args: argparse.Namespace) -> int:
         for note in notes:
             output.note(note)
     if args.out:
-        Path(args.out).write_text(pages.claims(shared, found, rows, notes), encoding="utf-8")
-        output.note(f"wrote {args.out}")
+        write_page(args.out, pages.claims(shared, found, rows, notes))
     return 0
 
 

@@ -17,6 +17,7 @@ from moelab.plan.roofline import Efficiency
 
 FILE = Path(__file__).parent / "calibrated.json"
 FORMAT = "moelab.plan.calibration"
+_UNITS = {"software": " years after 2026-01-01"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Calibration:
       draws: parameter -> other values that could be, one per draw of sweeps and priors, to carry uncertainty on.
       skew: exponent of the experts' loads.
       band: 10 % and 90 % quantiles of log(measured / predicted) on sweeps that were left out.
-      ranges: what the fitted rows span: number -> (least, most), or names.
+      ranges: what the fitted rows span: number -> (least, most), or names; software in years after 2026-01-01.
       source, date: of the rows.
       rows, sweeps: how many.
     """
@@ -68,9 +69,9 @@ class Calibration:
                 if value not in span:
                     found.append(f"{name} {value}")
             elif value < span[0] * (1 - 1e-9):
-                found.append(f"{name} {value:.6g} is below {span[0]:.6g}")
+                found.append(f"{name} {value:.6g}{_UNITS.get(name, '')} is below {span[0]:.6g}")
             elif value > span[1] * (1 + 1e-9):
-                found.append(f"{name} {value:.7g} is above {span[1]:.6g}")
+                found.append(f"{name} {value:.7g}{_UNITS.get(name, '')} is above {span[1]:.6g}")
         return tuple(found)
 
     def bounds(self, outside: bool) -> tuple[float, float]:

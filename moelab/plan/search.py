@@ -101,6 +101,8 @@ class Found:
             "ttft_ms": 1e3 * float(self.ttft[i]),
             "user_tokens_per_s": float(self.user[i]),
             "gpu_tokens_per_s": float(self.throughput[i]),
+            "gpu_tokens_per_s_low": float(self.throughput[i] / self.high[i]),
+            "gpu_tokens_per_s_high": float(self.throughput[i] / self.low[i]),
             "used_bytes": float(self.used[i]),
             "outside_calibrated_range": list(self.notes[i]),
         }
@@ -109,6 +111,17 @@ class Found:
         """Returns the row with the highest throughput at so many tokens/s/user or more; None: nothing is so fast."""
         able = np.flatnonzero(self.user >= user)
         return int(able[np.argmax(self.throughput[able])]) if len(able) else None
+
+    def band_at_speed(self, user: float) -> tuple[float, float]:
+        """Returns the 80 % band of the best tokens/s/GPU at a speed: all times at one end of their band, searched anew.
+
+        Wider than the band of one configuration: whoever turns out slower has to run smaller batches. 0: not so fast.
+        """
+        ends = []
+        for factor in (self.high, self.low):
+            rates = (self.throughput / factor)[self.user / factor >= user]
+            ends.append(float(rates.max(initial=0.0)))
+        return ends[0], ends[1]
 
 
 def layouts(model: Model, count: int, domain: int) -> Layout:
@@ -262,7 +275,7 @@ def _time(model, recipe, system, layout, batch, load, options) -> Found:
     tpot, ttft, throughput = times(options.calibration.efficiency)
     used = work.weight_bytes(model, recipe, layout)
     used = used + batch * work.kv_bytes(model, recipe, layout, load.isl + load.osl / 2)
-    notes = _notes(model, recipe, system, layout, batch, load, options.calibration)
+    notes = _notes(model, recipe, system, layout, batch, load, options)
     bounds = np.array([options.calibration.bounds(bool(note)) for note in notes])
     return Found(
         *(system, model, recipe, load, layout, batch, tpot, ttft, throughput, used),
@@ -272,7 +285,8 @@ def _time(model, recipe, system, layout, batch, load, options) -> Found:
     )
 
 
-def _notes(model, recipe, system, layout, batch, load, calibration) -> tuple:
+def _notes(model, recipe, system, layout, batch, load, options) -> tuple:
+    calibration = options.calibration
     always = calibration.outside(
         isl=load.isl,
         osl=load.osl,
@@ -280,6 +294,7 @@ def _notes(model, recipe, system, layout, batch, load, calibration) -> tuple:
         experts=model.experts,
         gpu=system.gpu.name,
         precision=recipe.name.partition("+")[0],
+        software=options.years,
     )
     if load.draft:
         always += ("speculative decoding",)

@@ -163,6 +163,7 @@ def ship(found: dict[float, Data]) -> calibration.Calibration:
         "gpus": [r.tp * r.dp for r in rows],
         "parameters": [m.total() for m in models.values()],
         "experts": [m.experts for m in models.values()],
+        "software": [round(r.years, 4) for r in rows],
     }
     names = {
         "gpu": sorted({r.gpu for r in rows}),
