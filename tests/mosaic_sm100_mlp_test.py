@@ -243,3 +243,24 @@ def test_refuses():
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
 def test_default_tiling_fits(format):
     mlp.default_tiling(format).check_budgets(format, jnp.float32)
+
+
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+def test_swizzled_rows_are_stored_whole(out_dtype, monkeypatch):
+    """Interpret mode knows no swizzle. On a GPU a part of a swizzled row would be stored where no copy looks for it."""
+    stored, store = [], plgpu.store
+
+    def watched(ref, *arguments, **options):
+        for transform in ref.transforms:
+            if hasattr(transform, "indices"):
+                last = transform.indices[-1]
+                stored.append(last.start == 0 and last.size == transform.shape[-1])
+        swizzles = [t.swizzle for t in ref.transforms if hasattr(t, "swizzle")]
+        assert swizzles == [ref.ref.shape[-1] * jnp.dtype(out_dtype).itemsize]
+        store(ref, *arguments, **options)
+
+    operands, scales, _ = _problem("mxfp4")
+    options = dict(out_dtype=out_dtype, tiling=_TILING, num_sms=1, **scales)
+    monkeypatch.setattr(plgpu, "store", watched)
+    jax.eval_shape(lambda x: mlp.gate_up_swiglu_codes(x, *operands[1:], **options), operands[0])
+    assert stored and all(stored)

@@ -237,18 +237,22 @@ def sm100_product(
     """Calls `mosaic_sm100`, or `mosaic_sm100_decode`, with the tiling that is best by the roofline.
 
     Args:
-      x, w, group_sizes_E, out_dtype: as in `mosaic_sm100.grouped_matmul_codes`.
+      x, w, group_sizes_E: as in `mosaic_sm100.grouped_matmul_codes`.
+      out_dtype: float.
       device: which GPU.
       **options: what else that takes.
     """
     from pallas_kernels.grouped_matmul import mosaic_sm100, mosaic_sm100_decode
 
-    tiling = sm100_tiling(x.shape[0], x.format, w, out_dtype, device)
+    # Float16 is stored by none of them: the sums leave in float32, and the only rounding is XLA's.
+    stored = out_dtype if out_dtype in mosaic_sm100.OUT_DTYPES else jnp.dtype(jnp.float32)
+    tiling = sm100_tiling(x.shape[0], x.format, w, stored, device)
     swapped = isinstance(tiling, mosaic_sm100_decode.Tiling)
     module = mosaic_sm100_decode if swapped else mosaic_sm100
-    return module.grouped_matmul_codes(
-        x, w, group_sizes_E, out_dtype=out_dtype, tiling=tiling, **options
+    y_TN = module.grouped_matmul_codes(
+        x, w, group_sizes_E, out_dtype=stored, tiling=tiling, **options
     )
+    return y_TN.astype(out_dtype)
 
 
 def sm100_tiling(

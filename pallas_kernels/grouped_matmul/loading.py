@@ -158,10 +158,17 @@ def padded(w: Weight, outputs: int, inputs: int, parts: int = 1) -> Weight | Pad
 def as_multiplied(
     gate_up: Weight | Padded, down: Weight | Padded, bias: Bias
 ) -> tuple[Weight, Weight, Bias]:
-    """Returns a feed-forward's weights and biases as they are multiplied: with their zeros, if both have the same."""
+    """Returns a feed-forward's weights and biases as they are multiplied: with their zeros, if these lie alike.
+
+    Zeros lie alike where both have the same widths, and gate and up are padded each. Else both come without.
+    """
     layers = [w if isinstance(w, Padded) else Padded(w, *w.shape[-2:]) for w in (gate_up, down)]
     wide, narrow = (layer.value.shape for layer in layers)
-    if (wide[1], wide[2]) != (2 * narrow[2], narrow[1]):
+    split = [
+        layer.parts == parts or layer.outputs == layer.value.shape[1]
+        for layer, parts in zip(layers, (2, 1), strict=True)
+    ]
+    if (wide[1], wide[2]) != (2 * narrow[2], narrow[1]) or not all(split):
         return *(layer.logical() for layer in layers), bias
     values = (layer.value for layer in layers)
     return *values, tuple(layer.extended_bias(b) for layer, b in zip(layers, bias, strict=True))

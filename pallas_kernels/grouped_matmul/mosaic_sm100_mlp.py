@@ -101,16 +101,15 @@ def gate_up_swiglu_codes(
     num_rows, width = x.shape[0], gate_up.shape[1] // 2
     if not num_rows or not width:
         return jnp.zeros((num_rows, width), out_dtype)
-    buffer = plgpu.SMEM(
-        (2, TILE_M, 128 // out_dtype.itemsize), out_dtype, transforms=(plgpu.SwizzleTransform(128),)
-    )
-    return _run(
+    in_chunks = (num_rows, width // epilogue.CHUNK, epilogue.CHUNK)
+    (act,) = _run(
         (x, gate_up, group_sizes_E, expert_scale_E, rows, bias_EG),
-        (jax.ShapeDtypeStruct((num_rows, width), out_dtype),),
-        {"out": buffer},
+        (jax.ShapeDtypeStruct(in_chunks, out_dtype),),
+        {"out": epilogue.act_buffers(out_dtype)},
         functools.partial(epilogue.store_act, activation=activation),
         (tiling, num_sms, interpret),
-    )[0]
+    )
+    return act.reshape(num_rows, width)
 
 
 def gate_up_swiglu_quantized(
@@ -291,7 +290,7 @@ def _run(operands, out_type, scratch, store, how, extra=()) -> tuple[jax.Array, 
     """Launches the main loop with an epilogue over both boxes."""
     x, gate_up, group_sizes_E, expert_scale_E, rows, bias_EG = operands
     tiling, num_sms, interpret = how
-    num_rows, width = out_type[0].shape
+    num_rows, width = x.shape[0], gate_up.shape[1] // 2
     used = jnp.minimum(jnp.sum(group_sizes_E, dtype=jnp.int32), num_rows)
     inputs = [used.reshape(1), expert_scale_E]
     inputs += [jnp.pad(row_T, (0, -num_rows % TILE_M)) for row_T in rows if row_T is not None]

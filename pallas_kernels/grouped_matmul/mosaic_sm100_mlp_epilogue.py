@@ -33,16 +33,25 @@ class _Given(NamedTuple):
       factor: of sums.
       weight: of act.
       bias_G: reference to the expert's biases.
-      width: F.
     """
 
     factor: Any
     weight: Any
     bias_G: Any
-    width: int
 
 
-def _given(tile: main_loop.Tile, inputs, outputs, given) -> _Given:
+def act_buffers(out_dtype: jnp.dtype) -> Any:
+    """Returns the two buffers of `store_act`: shared memory (2, 128, chunks, CHUNK), 128 bytes of every row.
+
+    A chunk is what is swizzled: stored alone, as a part of a longer swizzled row, Pallas would put it elsewhere than
+    copies look for it, since it swizzles by the distance from where a store begins and they by the address.
+    """
+    chunk_bytes = CHUNK * jnp.dtype(out_dtype).itemsize
+    shape = (2, TILE_M, 128 // chunk_bytes, CHUNK)
+    return plgpu.SMEM(shape, out_dtype, transforms=(plgpu.SwizzleTransform(chunk_bytes),))
+
+
+def _given(tile: main_loop.Tile, inputs, given) -> _Given:
     """Loads what is the same for all columns of a tile; `given`: whether rows have scales and weights, gates a bias."""
     _, expert_scale_E, *optional = inputs
     optional = iter(optional)
@@ -58,7 +67,7 @@ def _given(tile: main_loop.Tile, inputs, outputs, given) -> _Given:
         weight = blocks.spread(load(next(optional)), CHUNK)
     if given[2]:
         bias_G = next(optional).at[tile.expert]
-    return _Given(factor, weight, bias_G, outputs[0].shape[1])
+    return _Given(factor, weight, bias_G)
 
 
 def _act(tile: main_loop.Tile, acc, chunk: int, given: _Given, activation: SwiGLU) -> jax.Array:
@@ -70,7 +79,8 @@ def _act(tile: main_loop.Tile, acc, chunk: int, given: _Given, activation: SwiGL
         value = plgpu.layout_cast(loaded, blocks.by_line()) * given.factor
         if given.bias_G is None:
             return value
-        columns = pl.ds(box * given.width + tile.column * TILE_F + chunk * CHUNK, CHUNK)
+        width = given.bias_G.shape[0] // 2
+        columns = pl.ds(box * width + tile.column * TILE_F + chunk * CHUNK, CHUNK)
         bias_W = plgpu.load(
             given.bias_G.at[columns], layout=blocks.by_line().reduce(0), optimized=False
         )
@@ -87,23 +97,23 @@ def _act(tile: main_loop.Tile, acc, chunk: int, given: _Given, activation: SwiGL
 def store_act(
     tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, given, activation
 ) -> None:
-    """Stores the expert's rows of act in columns of 128 bytes, from two buffers in turn."""
-    given = _given(tile, inputs, outputs, given)
+    """Stores the expert's rows of act, (T, F / CHUNK, CHUNK), in columns of 128 bytes, from two buffers in turn."""
+    given = _given(tile, inputs, given)
     out = scratch["out"]
-    width = out.shape[2]
+    chunks = out.shape[2]
     for chunk in range(TILE_F // CHUNK):
         act = _act(tile, acc, chunk, given, activation)
         if chunk == TILE_F // CHUNK - 1:
             release()
-        turn, within = divmod(chunk * CHUNK, width)
+        turn, part = divmod(chunk, chunks)
         buffer = out.at[turn % 2]
-        if not within:
+        if not part:
             # The copies that read this buffer two turns ago.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        plgpu.store(buffer.at[:, pl.ds(within, CHUNK)], act.astype(out.dtype), optimized=False)
-        if within + CHUNK == width:
+        plgpu.store(buffer.at[:, part], act.astype(out.dtype), optimized=False)
+        if part == chunks - 1:
             plgpu.commit_smem()
-            columns = pl.ds(tile.column * TILE_F + turn * width, width)
+            columns = pl.ds(tile.column * (TILE_F // CHUNK) + turn * chunks, chunks)
             to = tile.block * TILE_M + tile.first_row
             row_copies.store_rows(buffer, outputs[0], tile.first_row, to, tile.rows, columns)
 
@@ -112,7 +122,7 @@ def store_codes(
     tile: main_loop.Tile, acc, release, inputs, outputs, scratch, *, given, activation, format, rule
 ) -> None:
     """Quantizes a tile, and stores the expert's rows of codes and a whole tile of scales."""
-    given, nvfp4 = _given(tile, inputs, outputs, given), None
+    given, nvfp4 = _given(tile, inputs, given), None
     if FORMATS[format].scale == "e4m3":
         amax_L = jnp.full((TILE_M,), inputs[-1][tile.expert])
         nvfp4 = blocks.nvfp4_factors(plgpu.layout_cast(amax_L, blocks.per_line()))
@@ -183,12 +193,18 @@ def _arrange(words, atoms) -> None:
 def zero_the_rest(share, shares, inputs, outputs, scratch) -> None:
     """Writes zeros into the rows beyond the groups, blocks of 128 rows in turn."""
     used, out = inputs[0][0], outputs[0]
-    num_rows, num_columns = out.shape
-    buffer = scratch["out"].at[0] if "out" in scratch else scratch["codes"].at[pl.ds(0, TILE_M)]
-    width = buffer.shape[1]
+    num_rows, num_columns, *_ = out.shape
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    zero = plgpu.layout_cast(jnp.zeros(buffer.shape, jnp.float32), blocks.by_line())
-    plgpu.store(buffer, zero.astype(out.dtype), optimized=False)
+    if "out" in scratch:
+        buffer = scratch["out"].at[0]
+        parts = [buffer.at[:, part] for part in range(buffer.shape[1])]
+    else:
+        buffer = scratch["codes"].at[pl.ds(0, TILE_M)]
+        parts = [buffer]
+    width = buffer.shape[1]
+    for part in parts:
+        zero = plgpu.layout_cast(jnp.zeros(part.shape, jnp.float32), blocks.by_line())
+        plgpu.store(part, zero.astype(out.dtype), optimized=False)
     plgpu.commit_smem()
 
     def zero_block(i, _):

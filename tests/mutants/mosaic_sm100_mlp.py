@@ -19,7 +19,7 @@ EPILOGUE = (
     ),
     Mutant(
         "up has the bias of gate",
-        "columns = pl.ds(box * given.width + ",
+        "columns = pl.ds(box * width + ",
         "columns = pl.ds(",
         "numerics",
     ),
