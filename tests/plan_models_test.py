@@ -182,6 +182,16 @@ def test_nested_text_configs_are_read():
         (hugging_face(model_type="mamba"), "'mamba' is not known here; there are"),
         (hugging_face(num_experts_per_tok=None), "wants the field 'num_experts_per_tok'"),
         (hugging_face(vocab_size=None), "wants the field 'vocab_size'"),
+        (hugging_face() | {"vocab_size": None}, "vocab wants a whole number from 0, got None"),
+        (hugging_face(hidden_size=-1), "width wants a whole number from 0, got -1"),
+        (hugging_face(hidden_size=2048.5), "width wants a whole number from 0, got 2048.5"),
+        (hugging_face(num_hidden_layers=0), "layers wants a number above 0"),
+        (hugging_face(num_experts="many"), "experts wants a whole number from 0, got 'many'"),
+        (hugging_face(num_experts_per_tok=200), "wants 1 to 128 experts, got 200"),
+        (hugging_face(num_experts_per_tok=0), "wants 1 to 128 experts, got 0"),
+        (hugging_face(num_key_value_heads=5), "32 heads cannot share 5"),
+        (hugging_face(mlp_only_layers=list(range(50))), "more layers of one kind than the 48"),
+        (hugging_face(n_group=3, topk_group=1), "128 experts cannot be in 3 groups"),
     ],
 )
 def test_wrong_hugging_face_configs(fields, message):
@@ -194,7 +204,7 @@ def test_wrong_hugging_face_configs(fields, message):
     [
         ("deepsek_v3", "did you mean deepseek_v3"),
         ("gpt5", "there are mixtral_8x7b"),
-        ("missing/config.json", "is no JSON"),
+        ("missing/config.json", "config.json cannot be read: No such file"),
         ("routing/soft_moe", "Soft MoE"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,9 +59,11 @@ def model(text: str) -> Model:
 def _from_json(path: Path) -> Model:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise ModelError(f"{path} is no JSON: {error}") from None
-    if isinstance(read, dict) and "model_type" not in read and "text_config" not in read:
+    if isinstance(read, dict) and "config" in read and "model_type" not in read:
         return from_experiment(str(path))  # of a moelab run
     if not isinstance(read, dict):
         raise ModelError(f"{path} wants a JSON object, got {type(read).__name__}")
@@ -76,7 +79,7 @@ def from_hugging_face(config: Mapping, name: str, where: str = "config.json") ->
       where: for messages and the source.
 
     Raises:
-      ModelError: an architecture that is not known here, or a field that is missing.
+      ModelError: an architecture that is not known here, or a field that is missing or cannot be.
     """
     fields = dict(config.get("text_config") or config)
     fields.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
@@ -86,11 +89,48 @@ def from_hugging_face(config: Mapping, name: str, where: str = "config.json") ->
             f"{where}: model_type {family!r} is not known here; there are {', '.join(FAMILIES)}"
         )
     try:
-        return _shape(fields, family, name, where)
+        return _checked(_shape(fields, family, name, where))
     except KeyError as error:
         raise ModelError(f"{where}: a {family} config wants the field {error}") from None
     except (TypeError, ValueError) as error:
         raise ModelError(f"{where}: {error}") from None
+
+
+def _checked(m: Model) -> Model:
+    """Returns a shape whose sizes can be.
+
+    Raises:
+      ValueError: one that cannot; the message names it.
+    """
+    a = m.attention
+    for part in (m, a):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.type == "int" and (type(value) is not int or value < 0):
+                raise ValueError(f"{field.name} wants a whole number from 0, got {value!r}")
+    for name, value in {
+        "layers": m.layers,
+        "width": m.width,
+        "vocab": m.vocab,
+        "heads": a.heads,
+        "kv_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        **({"dense_width": m.dense_width} if m.dense_layers else {}),
+        **({"expert_width": m.expert_width} if m.experts else {}),
+    }.items():
+        if not value:
+            raise ValueError(f"{name} wants a number above 0, got 0")
+    if m.experts and not 1 <= m.k <= m.experts:
+        raise ValueError(f"a token wants 1 to {m.experts} experts, got {m.k}")
+    if m.dense_layers > m.layers or a.windowed + a.linear > m.layers:
+        raise ValueError(f"more layers of one kind than the {m.layers} that there are")
+    if a.heads % a.kv_heads:
+        raise ValueError(f"{a.heads} heads cannot share {a.kv_heads} of keys and values equally")
+    if m.experts % m.groups or m.group_limit > m.groups:
+        raise ValueError(
+            f"{m.experts} experts cannot be in {m.groups} groups, {m.group_limit} used"
+        )
+    return m
 
 
 def _shape(f: Mapping, family: str, name: str, where: str) -> Model:

@@ -176,6 +176,7 @@ th[aria-sort=descending] button::after{content:"\\2060\\a0\\2193";color:inherit}
 th:first-child{position:sticky;left:0;z-index:1;text-align:left;background:var(--paper)}
 tbody th{font-weight:600}
 td.wide{min-width:22rem;text-align:left;white-space:normal}
+tbody th.wide{min-width:14rem;white-space:normal}
 .pairs .hash{font:.75rem/1.7 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .figures,.columns{columns:2 24rem;column-gap:2.2rem}
 .table+.figures{margin-top:1.6rem}
