@@ -16,7 +16,8 @@ import run_directory
 from report_page_test import _parse
 from scipy import stats
 
-from moelab import balance, report, routers, sweep_file
+import moelab
+from moelab import report, sweep_file
 from moelab.cli import main
 from moelab.report import (
     arms,
@@ -28,6 +29,7 @@ from moelab.report import (
     fitted,
     latex,
     paired,
+    papers,
 )
 from moelab.report import card as cards
 from moelab.report.tables import Cell, Table
@@ -455,13 +457,46 @@ class TestCitations:
         config = {"moe": {"num_experts": 8}, "router": {"kind": "oracle"}}
         assert "% no paper is named for: router oracle" in citations.bibtex([config])
 
-    def test_every_paper_that_is_named_has_its_title(self):
-        folders = [Path(package.__file__).parent for package in (routers, balance)]
-        named = {
-            i for f in folders for path in f.glob("*.py") for i in citations.of_docstring(path)
+    def test_low_precision_and_tasks_are_cited(self):
+        config = {
+            "quantization": {"recipe": "nvfp4_qat", "teacher": "runs/t", "reset_every": 200},
+            "evaluation": {"tasks": ["recall", "facts"]},
         }
-        assert len(named) > 15
-        assert named - citations.PAPERS.keys() == set()
+        assert citations.methods(config) == {
+            "recipe nvfp4_qat": [],
+            "distillation": ["1503.02531", "2601.20088"],
+            "resets of oscillating weights": ["2510.27527"],
+            "task recall": ["2312.04927"],
+        }
+        # `format` is of the recipes w4* alone.
+        format = {"recipe": "w4a4", "format": "nvfp4_46"}
+        assert citations.methods({"quantization": format})["Four Over Six"] == ["2512.02010"]
+        assert "Four Over Six" not in citations.methods(
+            {"quantization": format | {"recipe": "none"}}
+        )
+
+    def test_a_paper_without_an_entry_says_so(self, monkeypatch):
+        monkeypatch.delitem(papers.PAPERS, "2202.09368")
+        config = {"moe": {"num_experts": 8}, "router": {"kind": "expert_choice"}}
+        text = citations.bibtex([config])
+        assert "  note = {title and authors not verified},\n" in text and "title =" not in text
+
+    def test_every_paper_that_is_named_has_its_title(self):
+        package = Path(moelab.__file__).parent
+        paths = [package / "soft_moe.py", package / "upcycle.py"]
+        for folder in ("routers", "balance", "quant", "tasks"):
+            paths += (package / folder).rglob("*.py")
+        # Also ids in comments, as in recipes.py, and those that citations.py names itself.
+        paths.append(package / "report/citations.py")
+        named = {i for path in paths for i in re.findall(r"\b\d{4}\.\d{5}\b", path.read_text())}
+        assert len(named) > 35
+        assert named == papers.PAPERS.keys()
+
+    def test_entries_are_bibtex(self):
+        for paper, (authors, title) in papers.PAPERS.items():
+            people = authors.removesuffix(" and others").split(" and ")
+            assert all(re.fullmatch(r"[^,{}]+, [^,{}]+|\{[\w-]+\}", p) for p in people), paper
+            assert title == " ".join(title.split()) and not set(title) & set("{}&%$#_"), paper
 
 
 def test_the_command_line(swept, tmp_path, capsys):
