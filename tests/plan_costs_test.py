@@ -1,6 +1,7 @@
 """Prices, training, attribution, evidence and claims: arithmetic by hand, and what must hold."""
 
 import dataclasses
+import json
 import math
 import re
 
@@ -277,6 +278,9 @@ def test_every_claim_has_a_test_a_verdict_and_sources(report):
     assert len(found) == 10 and len({c.name for c in found}) == 10
     for claim in found:
         assert claim.verdict in claim_lib.VERDICTS and claim.test and claim.because
+        for what, _ in claim.evidence:  # a modelled gain is never without its interval
+            gains = re.findall(r"\d\.\d\dx \[", what)
+            assert "modelled" not in what or gains or "80 % band" in what
         assert all(what and source for what, source in claim.evidence)
     assert {c.verdict for c in found} == set(claim_lib.VERDICTS)
 
@@ -299,6 +303,23 @@ def test_verdicts_follow_from_the_numbers(report):
     assert claims._lossless(dataclasses.replace(shared, gaps=())).verdict == "not testable here"
     gap = evidence.Gap("nvfp4_wa", "NVFP4", (0.0001, -0.001, 0.001), None, 2.4)
     assert claims._lossless(dataclasses.replace(shared, gaps=(gap,))).verdict == "supported"
+
+
+def test_claims_and_plan_speak_of_the_same_point(report, capsys):
+    """One operating point, one number: `plan`, `compare` and `claims` with their defaults."""
+    from moelab import cli
+
+    shared, _ = report
+    words = ["--json", "--hardware=h200x8,b200x8", "--precision=fp8,nvfp4", "--user=50"]
+    assert cli.main(["plan", *words]) == 0
+    before, after = json.loads(capsys.readouterr().out)["equal_speed"]
+    assert shared.whole.before == pytest.approx(before["gpu_tokens_per_s"])
+    assert shared.whole.after == pytest.approx(after["gpu_tokens_per_s"])
+    assert cli.main(["plan", "compare", "--json"]) == 0
+    equal = json.loads(capsys.readouterr().out)[1]
+    assert equal["factors"] == pytest.approx(shared.whole.factors)
+    rows = {row["precision"]: row for row in joint.rows(shared)}
+    assert rows["nvfp4_wa"]["tokens_per_s_gpu"] == pytest.approx(after["gpu_tokens_per_s"])
 
 
 def test_quality_is_joined_to_cost(report):

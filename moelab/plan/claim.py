@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 
 from moelab.errors import UserError
 from moelab.plan import attribution, evidence, hardware, published, recipes
@@ -20,6 +21,7 @@ class Point:
     Attributes:
       model, isl, osl, user: model, prompt, answer, tokens/s/user.
       before, after: system and precision: "h200x8", "fp8".
+      software: its date on both sides, the default of `moelab plan`.
     """
 
     model: str = "deepseek_v3"
@@ -28,13 +30,24 @@ class Point:
     user: float = 50.0
     before: tuple[str, str] = ("h200x8", "fp8")
     after: tuple[str, str] = ("b200x8", "nvfp4")
+    software: str = "2026-04-01"
+
+    @property
+    def years(self) -> float:
+        """Of the software after 2026-01-01."""
+        day = datetime.date.fromisoformat(self.software)
+        return (day - datetime.date(2026, 1, 1)).days / 365.25
 
     def way(self, system: str, precision: str) -> Way:
         """Makes one side."""
-        return Way(hardware.system(system), recipes.named(precision), Load(self.isl, self.osl))
+        load = Load(self.isl, self.osl)
+        return Way(hardware.system(system), recipes.named(precision), load, self.years)
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.isl} in, {self.osl} out, {self.user:g} tokens/s/user, no speculative decoding"
+        return (
+            f"{self.model}, {self.isl} in, {self.osl} out, {self.user:g} tokens/s/user, no speculative decoding, "
+            f"software of {self.software}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

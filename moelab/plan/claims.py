@@ -46,10 +46,15 @@ def _measured(shared: Setting, name: str) -> tuple[tuple[str, str], ...]:
     return ((f"measured, {shared.pairs[name]}", "aiconfigurator-core 0.12.0, silicon_sample.csv"),)
 
 
+def _gain(found: Attribution) -> str:
+    """Writes a modelled gain with what it could be by the calibrated values."""
+    low, high = found.intervals["gain"]
+    return f"{found.gain:.2f}x [{low:.2f}, {high:.2f}]"
+
+
 def _shares(found: Attribution) -> str:
     parts = ", ".join(f"{name} {factor:.2f}x" for name, factor in found.factors.items())
-    low, high = found.intervals["gain"]
-    return f"modelled, {found.basis}: {found.gain:.2f}x [{low:.2f}, {high:.2f}] = {parts}"
+    return f"modelled, {found.basis}: {_gain(found)} = {parts}"
 
 
 def price_ratios(point: Point) -> dict[str, float]:
@@ -73,6 +78,7 @@ def _collapse(s: Setting) -> Claim:
     fp4 = math.log(s.whole.factors.get("fp4_bytes", 1) * s.whole.factors.get("fp4_flops", 1))
     share = fp4 / math.log(s.whole.gain) if s.whole.gain != 1 else 0.0
     cheaper = {b: s.whole.gain / r for b, r in price_ratios(s.point).items()}
+    ends = [[x / r for r in price_ratios(s.point).values()] for x in s.whole.intervals["gain"]]
     spread = f"{min(cheaper.values()):.2f} to {max(cheaper.values()):.2f}" if cheaper else ""
     if not cheaper:
         verdict = "not testable here"
@@ -173,7 +179,7 @@ def _lossless(s: Setting) -> Claim:
         )
         for g in s.gaps
     )
-    joined = f"modelled gain from it: {s.fp4_alone.gain:.2f}x tokens/s/GPU at {s.point.user:g} tokens/s/user"
+    joined = f"modelled gain from it: {_gain(s.fp4_alone)} tokens/s/GPU at {s.point.user:g} tokens/s/user"
     verdict, because = _quality_verdict(gaps.get("nvfp4_wa"))
     return Claim(
         "fp4_lossless",
@@ -255,16 +261,15 @@ def _pays(cheaper: tuple[float, ...]) -> str:
 def _nvlink(s: Setting) -> Claim:
     model = published.find("deepseek_v3")
     load = Load(2048, 1024, disaggregated=True)
-    rack = Way(hardware.system("gb200x72"), recipes.named("fp8"), load)
+    rack = Way(hardware.system("gb200x72"), recipes.named("fp8"), load, s.point.years)
     gpu = dataclasses.replace(rack.system.gpu, domain=hardware.find("b200").domain, name="gb200")
-    islands = Way(hardware.System(gpu, 72), recipes.named("fp8"), load)
+    islands = dataclasses.replace(rack, system=hardware.System(gpu, 72))
     gains = {
-        user: attribution.equal_interactivity(model, islands, rack, user).gain
-        for user in (30, 60, 100)
+        user: attribution.equal_interactivity(model, islands, rack, user) for user in (30, 60, 100)
     }
     times = [evidence.EVIDENCE[n].value for n in ("exchange_ib_ep32", "exchange_nvl72_ep64")]
-    ratio, gain = times[0] / times[1], max(gains.values())
-    words = ", ".join(f"{g:.2f}x at {u} tokens/s/user" for u, g in gains.items())
+    ratio, gain = times[0] / times[1], max(g.gain for g in gains.values())
+    words = ", ".join(f"{_gain(g)} at {u} tokens/s/user" for u, g in gains.items())
     return Claim(
         "nvlink",
         "NVLink over a rack makes experts of trillion-parameter models practical",
@@ -285,7 +290,7 @@ def _nvlink(s: Setting) -> Claim:
         f"an exchange is {ratio:.1f} times faster and throughput up to {gain:.2f} times higher (supported from 2 and "
         "1.2); but DeepSeek serves 671B over InfiniBand, and at 164 tokens/s/user 8 GPUs were measured to be nearly as "
         "good: practical, not required",
-        tuple((f"{u} tokens/s/user", g) for u, g in gains.items()),
+        tuple((f"{u} tokens/s/user", g.gain) for u, g in gains.items()),
         "throughput, NVL72 over NVL8",
     )
 
@@ -299,7 +304,8 @@ def _trillions(s: Setting) -> Claim:
             size = model.weight_bytes(way.recipe)
             room = way.system.count * way.system.gpu.memory.value
             fits[name, system] = size / room
-            found = search.search(model, way.recipe, way.system, way.load)
+            options = search.Options(years=s.point.years)
+            found = search.search(model, way.recipe, way.system, way.load, options)
             best = found.row(found.front()[0])
             rows.append(
                 (

@@ -25,7 +25,8 @@ def rows(shared: Setting) -> list[dict]:
     }
     best = {}
     for name in recipe_of.values():
-        searched = search.search(model, recipes.named(name), system, Load(point.isl, point.osl))
+        load, options = Load(point.isl, point.osl), search.Options(years=point.years)
+        searched = search.search(model, recipes.named(name), system, load, options)
         row = searched.at_speed(point.user)
         best[name] = float(searched.throughput[row]) if row is not None else float("nan")
     for gap in shared.gaps:
