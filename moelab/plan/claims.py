@@ -74,12 +74,18 @@ def price_ratio(point: Point, basis: str) -> float | None:
     return None if None in known else known[1].value / known[0].value
 
 
+def _spread(whole: Attribution, cheaper: dict[str, float]) -> str:
+    low, high = (x / whole.gain for x in whole.intervals["gain"])
+    least, most = min(cheaper.values()), max(cheaper.values())
+    ends = f"{least * low:.2f} to {most * high:.2f}"
+    return f"{least:.2f} to {most:.2f} times cheaper by price basis, {ends} with the gain's 80 % interval"
+
+
 def _collapse(s: Setting) -> Claim:
     fp4 = math.log(s.whole.factors.get("fp4_bytes", 1) * s.whole.factors.get("fp4_flops", 1))
     share = fp4 / math.log(s.whole.gain) if s.whole.gain != 1 else 0.0
     cheaper = {b: s.whole.gain / r for b, r in price_ratios(s.point).items()}
-    ends = [[x / r for r in price_ratios(s.point).values()] for x in s.whole.intervals["gain"]]
-    spread = f"{min(cheaper.values()):.2f} to {max(cheaper.values()):.2f}" if cheaper else ""
+    spread = _spread(s.whole, cheaper) if cheaper else ""
     if not cheaper:
         verdict = "not testable here"
     elif min(cheaper.values()) <= 1:
@@ -103,11 +109,7 @@ def _collapse(s: Setting) -> Claim:
         ),
         verdict,
         f"{s.whole.gain:.1f}x the throughput, of which FP4 is {100 * share:.0f} % of the logarithm; "
-        + (
-            f"tokens are {spread} times cheaper by price basis "
-            if cheaper
-            else "no prices of both "
-        )
+        + (f"tokens are {spread} " if cheaper else "no prices of both ")
         + "(supported: FP4 above half, and 3 times cheaper on every basis)",
         tuple(s.whole.factors.items()),
         "factor of the gain",
