@@ -124,6 +124,34 @@ def test_rows_that_cannot_be_judged_are_counted(tmp_path):
     assert "unknown GPU 'AMD MI300X'" in found.skipped and "unknown dtype 'fp3'" in found.skipped
 
 
+@pytest.mark.parametrize("latency", ["", "soon", "nan", "inf", 0, -1e-3])
+def test_times_that_are_none_are_not_judged(tmp_path, latency):
+    """A row of nonsense is counted, is not called impossible, and does not take the others with it."""
+    rows = [experts(latency=latency), experts(latency=MIXTRAL_MS / 3), experts(num_tokens=0)]
+    found = audit.run([write(tmp_path / "x.csv", rows)])
+    assert found.skipped == {"a size or a time that is no number above 0": 2}
+    assert sum(found.checked.values()) == 1 and [r.row for r in found.impossible] == [1]
+
+
+def test_serving_rows_that_cannot_be_judged(tmp_path):
+    row = {"model": "deepseek_v3", "gpu": "b200", "precision": "fp8", "tp": 8, "dp": "", "ep": ""}
+    row |= {"batch": 1, "isl": 1024, "osl": 1024, "tpot_ms": 0.3}
+    bad = (
+        {"model": "gpt5"},
+        {"precision": "fp9"},
+        {"gpu": "h100", "precision": "nvfp4"},
+        {"tp": 0},
+    )
+    found = audit.run([write(tmp_path / "x.csv", [*(row | b for b in bad), row])])
+    assert [r.row for r in found.impossible] == [4]
+    assert found.skipped == {
+        "unknown model 'gpt5'": 1,
+        "unknown precision 'fp9'": 1,
+        "nvfp4 on h100, which has no fp4": 1,
+        "a size or a time that is no number above 0": 1,
+    }
+
+
 def test_json_and_parquet(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet

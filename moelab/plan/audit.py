@@ -27,6 +27,14 @@ KINDS = {
     "serving": ("model", "gpu", "precision", "tp", "batch", "isl", "osl", "tpot_ms"),
 }
 _TIMES = {"experts": "latency", "product": "latency", "exchange": "latency", "serving": "tpot_ms"}
+_DTYPES = {
+    "experts": "moe_dtype",
+    "product": "gemm_dtype",
+    "exchange": "comm_dtype",
+    "serving": "precision",
+}
+_WORDS = ("model", "gpu", "phase", *_DTYPES.values())
+_SIZES = ("dp", "ep", "moe_tp_size", "moe_ep_size")  # 1 where they are not there
 _DEVICES = {
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
@@ -162,17 +170,14 @@ def _judge(name: str, kind: str, columns, into) -> None:
     """Judges one table, one GPU, kernel and dtype at a time."""
     checked, skipped, explained, impossible = into
     count = len(columns[_TIMES[kind]])
-    seconds = np.asarray(columns[_TIMES[kind]], float) / 1e3
     device = (
         columns["gpu" if kind == "serving" else "device"] if _has_device(columns, kind) else None
     )
-    dtype_column = {"experts": "moe_dtype", "product": "gemm_dtype", "exchange": "comm_dtype"}
-    dtypes = columns[dtype_column.get(kind, "precision")]
+    dtypes = columns[_DTYPES[kind]]
     kernels = columns.get("kernel_source", np.full(count, "-", object))
-    keys = [tuple(map(str, key)) for key in zip(device, kernels, dtypes, strict=True)]
     groups = collections.defaultdict(list)
-    for i, key in enumerate(keys):
-        groups[key].append(i)
+    for i in np.flatnonzero(_judgeable(kind, columns, skipped)).tolist():
+        groups[str(device[i]), str(kernels[i]), str(dtypes[i])].append(i)
     for (device_name, kernel, dtype), members in groups.items():
         index = np.array(members)
         gpu, why = _gpu(device_name, dtype, kind)
@@ -182,13 +187,42 @@ def _judge(name: str, kind: str, columns, into) -> None:
         rows = {n: c[index] for n, c in columns.items()}
         least, reason, excuses = _BOUNDS[kind](gpu, kernel, dtype, rows)
         checked[gpu.name, kind, kernel] += len(index)
-        limit = seconds[index] * (1 + physics.TOLERANCE)
+        seconds = np.asarray(rows[_TIMES[kind]], float) / 1e3
+        limit = seconds * (1 + physics.TOLERANCE)
         for excuse, without in excuses.items():
             explained[excuse] += int(((without > limit) & (least <= limit)).sum())
         for i in np.flatnonzero(least > limit):
             shape = _words(kind, {n: c[i] for n, c in rows.items()})
-            found = (shape, float(seconds[index][i]), float(least[i]), str(reason[i]))
+            found = (shape, float(seconds[i]), float(least[i]), str(reason[i]))
             impossible.append(Impossible(name, int(index[i]), gpu.name, kernel, dtype, *found))
+
+
+def _judgeable(kind: str, columns, skipped) -> np.ndarray:
+    """Marks the rows whose sizes, time and model are there; counts why others are not judged."""
+    names = [n for n in (*KINDS[kind], *_SIZES, _TIMES[kind]) if n in columns and n not in _WORDS]
+    good = np.logical_and.reduce([_above_zero(columns[n], n in _SIZES) for n in names])
+    if not good.all():
+        skipped["a size or a time that is no number above 0"] += int((~good).sum())
+    if kind == "serving":
+        for name in sorted({str(m) for m in columns["model"][good]}):
+            try:
+                readers.model(name)
+            except UserError:
+                unknown = good & np.array([str(m) == name for m in columns["model"]])
+                skipped[f"unknown model {name!r}"] += int(unknown.sum())
+                good &= ~unknown
+    return good
+
+
+def _above_zero(values: np.ndarray, may_be_empty: bool) -> np.ndarray:
+    """Marks finite numbers above 0."""
+    try:
+        numbers = np.asarray(values, float)
+    except (TypeError, ValueError):
+        empty = 1.0 if may_be_empty else np.nan
+        values = [empty if x in ("", None) else _value(x) for x in values]
+        numbers = np.array([x if isinstance(x, float | int) else np.nan for x in values], float)
+    return np.isfinite(numbers) & (numbers > 0)
 
 
 def _has_device(columns, kind: str) -> bool:
@@ -205,7 +239,13 @@ def _gpu(device: str, dtype: str, kind: str) -> tuple[Gpu | None, str]:
         gpu = hardware.find(name)
     except hardware.HardwareError:
         return None, f"unknown GPU {device!r}"
-    if kind == "serving" or kind == "exchange":
+    if kind == "serving":
+        try:
+            lacking = [p for p in recipes.named(dtype).precisions() if p not in gpu.peaks]
+        except UserError:
+            return None, f"unknown precision {dtype!r}"
+        return (None, f"{dtype} on {gpu.name}, which has no {lacking[0]}") if lacking else (gpu, "")
+    if kind == "exchange":
         return gpu, ""
     if dtype not in physics.DTYPES:
         return None, f"unknown dtype {dtype!r}"
@@ -259,7 +299,7 @@ def _serving(gpu: Gpu, kernel: str, dtype: str, rows):
     least = []
     for i in range(len(rows["model"])):
         model = readers.model(str(rows["model"][i]))
-        size = lambda n, i=i: float(rows[n][i]) if n in rows and rows[n][i] else 1.0  # noqa: E731
+        size = lambda n, i=i: float(rows[n][i] or 1) if n in rows else 1.0  # noqa: E731
         layout = Layout(size("tp"), size("dp"), 1)  # the mean over ranks, not the fullest
         prepared = serving.prepare(
             *(model, recipe, gpu, layout, 1 / layout.dp, size("isl"), size("osl")),

@@ -59,25 +59,29 @@ def _row(path: Path, columns, i: int) -> Predicted:
     try:
         numbers = {n: int(float(row[n])) for n in ("tp", "dp", "ep", "batch", "isl", "osl")}
         measured = float(row["tpot_ms"]) / 1e3
-        if min(*numbers.values(), measured) <= 0:
+        if min(numbers.values()) <= 0 or not 0 < measured < float("inf"):
             raise ValueError("sizes and times are above 0")
+        if empty := [n for n in WANTED if n not in row]:
+            raise ValueError(f"{', '.join(empty)} is empty")
         if row["engine"] not in ENGINES:
             raise ValueError(f"engine {row['engine']!r} is none of {', '.join(ENGINES)}")
         day = datetime.date.fromisoformat(str(row["date"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}, row {i}: {error}") from None
-    try:
-        model, gpu = readers.model(str(row["model"])), hardware.find(str(row["gpu"]))
-        recipe = recipes.named(str(row["precision"]))
-    except UserError as error:
+    except KeyError as error:
+        raise UserError(f"{path}, row {i}: {error.args[0]} is empty") from None
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}, row {i}: {error}") from None
     layout = Layout(numbers["tp"], numbers["dp"], numbers["ep"])
     years = (day - datetime.date(2026, 1, 1)).days / 365.25
-    found = search.evaluate(
-        *(model, recipe, System(gpu, numbers["tp"] * numbers["dp"]), layout, numbers["batch"]),
-        Load(numbers["isl"], numbers["osl"], by_load=False),
-        search.Options(engine=str(row["engine"]), years=years),
-    )
+    try:
+        model, gpu = readers.model(str(row["model"])), hardware.find(str(row["gpu"]))
+        recipe = recipes.named(str(row["precision"]))
+        found = search.evaluate(
+            *(model, recipe, System(gpu, numbers["tp"] * numbers["dp"]), layout, numbers["batch"]),
+            Load(numbers["isl"], numbers["osl"], by_load=False),
+            search.Options(engine=str(row["engine"]), years=years),
+        )
+    except UserError as error:
+        raise UserError(f"{path}, row {i}: {error}") from None
     tpot = float(found.tpot[0])
     sizes = " ".join(f"{n}={v}" for n, v in numbers.items())
     what = f"{model.name} {gpu.name} {recipe.name} {row['engine']} {sizes}"
