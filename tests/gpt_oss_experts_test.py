@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from moelab.quant import packing
 from pallas_kernels import GPT_OSS, SWIGLU, MatmulPrecision, SwiGLU, device, formats
 from pallas_kernels.grouped_matmul import choice, kernels, loading
 
@@ -204,6 +205,21 @@ def test_experts_by_hand(implementation):
     np.testing.assert_allclose(back[3][1], by_hand, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["xla_windows", "ragged_dot"])
+def test_another_activation_without_biases(implementation):
+    """`xla_windows` has one loop for SwiGLU: without biases the activation alone keeps others out of it."""
+    y, back = rows_and_gradients(implementation, GPT_OSS, biased=False)(X, GATE_UP, DOWN, BIAS, X)
+    nothing = [np.zeros_like(b[0]) for b in BIAS]
+    for t, e in enumerate(np.repeat(np.arange(E), SIZES)):
+        wanted = expert_by_hand(X[t], GATE_UP[e], DOWN[e], nothing, GPT_OSS)
+        np.testing.assert_allclose(y[t], wanted, **CLOSE)
+    wanted = rows_and_gradients("reference", GPT_OSS, biased=False)(X, GATE_UP, DOWN, BIAS, X)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), back, wanted)
+    unbiased = routed(X, GATE_UP, DOWN, (None, None), implementation=implementation)
+    wanted = routed(X, GATE_UP, DOWN, (None, None), implementation="reference")
+    np.testing.assert_allclose(unbiased, wanted, **CLOSE)
+
+
 @pytest.mark.slow
 def test_biases_of_quantized_layers():
     """With quantized gradients the bias is added after the product: its gradient is a sum, in float32."""
@@ -255,6 +271,18 @@ def test_weights_are_padded_for_a_device_once(here):
     assert quantized.value.shape == (2, 6144, 3072)
     # Too small to be worth it: 64 would become 256.
     assert load(formats.quantize(jnp.ones((2, 64, 64)), "mxfp4")).shape == (2, 64, 64)
+
+
+def test_a_models_experts_are_padded_when_loaded():
+    """Gate and up, which lie in one matrix, are padded each; layers come as a leading axis."""
+    shapes = {"gate_up": (2, E, 384, 192), "down": (2, E, 192, 192)}
+    experts = {name: formats.quantize(jnp.ones(s), "mxfp4") for name, s in shapes.items()}
+    with device.assume(B200):
+        loaded = packing.for_device({"moe": {"experts": experts}}, "mxfp4")["moe"]["experts"]
+    for name, wide in (("gate_up", (2, E, 512, 256)), ("down", (2, E, 256, 256))):
+        assert loaded[name].shape == shapes[name] and loaded[name].value.shape == wide
+    values = formats.dequantize(loaded["gate_up"].value)
+    assert values[:, :, [0, 191, 256, 447], :192].all() and not values[:, :, [192, 255, 448]].any()
 
 
 def test_routed_experts_padded_or_not():

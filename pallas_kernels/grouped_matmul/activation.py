@@ -22,7 +22,8 @@ class SwiGLU:
 
     Attributes:
       alpha: factor of the gate inside the sigmoid.
-      limit: the most that a gate counts, and the magnitude that up does; infinities count as the limit. None: no limit.
+      limit: the most that a gate counts, and the magnitude that up does. Infinities count as the limit, but for a gate
+        of minus infinity, which nothing limits: NaN. None: no limit.
       offset: added to up.
 
     Raises:
