@@ -16,6 +16,7 @@ import pallas_kernels
 from moelab import attention, balance, blocks, moe, parallel, routers
 from moelab.quant import linear, precisions, recipes
 from moelab.routing import RouterInput
+from pallas_kernels.grouped_matmul.activation import ACTIVATIONS
 
 PLAIN = recipes.named("none")
 
@@ -311,6 +312,7 @@ def _moe_config(config, recipe: recipes.Recipe, token_counts: tuple[int, ...]) -
         shared_width=config.moe.num_shared_experts * config.moe.expert_width,
         capacity_factor=config.moe.capacity_factor,
         slots_per_expert=config.moe.slots_per_expert,
+        activation=ACTIVATIONS[config.moe.activation],
         precision=precisions.experts(recipe),
         shared_precision=precisions.of_role(recipe, "shared_experts"),
         router_precision=precisions.of_role(recipe, "router"),

@@ -30,6 +30,7 @@ class MoeConfig:
       shared_width: hidden width of the shared experts together; 0: none.
       capacity_factor: 0 for dropless.
       slots_per_expert: 0, or the slots per expert and sequence of Soft MoE, which then replaces the router.
+      activation: of the routed experts; shared ones have SwiGLU.
       precision: formats of the expert matmuls; None computes in the block's dtype.
       shared_precision: of the shared experts.
       router_precision: formats of the router's parameters and input, whose product stays float32.
@@ -44,6 +45,7 @@ class MoeConfig:
     shared_width: int = 0
     capacity_factor: float = 0.0
     slots_per_expert: int = 0
+    activation: pallas_kernels.SwiGLU = pallas_kernels.SWIGLU
     precision: pallas_kernels.MlpPrecision | None = None
     shared_precision: pallas_kernels.MatmulPrecision | None = None
     router_precision: pallas_kernels.MatmulPrecision | None = None
@@ -223,6 +225,7 @@ def _experts(
     """The experts' output, and the routing without what no device had room for."""
     options = dict(
         assignments_per_token=config.router.slots,
+        activation=config.activation,
         precision=config.precision,
         key=key,
         implementation=config.implementation,

@@ -41,6 +41,7 @@ class Moe:
     num_experts: int = 16  # routed experts per MoE layer; 0 makes every layer dense
     expert_width: int = 256  # hidden width F of one expert
     num_shared_experts: int = 0  # experts that every token passes, fused into one SwiGLU
+    activation: str = "swiglu"  # of routed experts: swiglu or gpt_oss (clamped); the others: SwiGLU
     num_dense_layers: int = 0  # the first layers that stay dense
     every: int = 1  # of the layers after those, each every-th has experts
     capacity_factor: float = (

@@ -79,6 +79,7 @@ def _local_forward(config: moe.MoeConfig):
             experts.cast(weights["gate_up"], x_BLD.dtype, config.precision),
             experts.cast(weights["down"], x_BLD.dtype, config.precision),
             sizes_E,
+            activation=config.activation,
             precision=config.precision,
             key=random,
             implementation=config.implementation,

@@ -57,6 +57,9 @@ def problems(config) -> list[tuple[str, str]]:
         found.append(
             ("router.kind", f"{message} and k > 1, or post-selection softmax; got {router.kind}")
         )
+    if moe.activation != "swiglu":
+        message = "must be swiglu to equal the dense model, which has no other"
+        found.append(("moe.activation", f"{message}; got {moe.activation}"))
     if moe.capacity_factor or moe.slots_per_expert:
         found.append(
             ("moe.capacity_factor", "must be 0 to equal the dense model: dropped tokens lose it")

@@ -254,6 +254,8 @@ def _names(config: ml_collections.ConfigDict) -> Iterator[Problem]:
     choices = dict(_CHOICES)
     implementations = importlib.import_module("pallas_kernels").IMPLEMENTATIONS
     choices["moe.implementation"] = ("auto", *implementations)
+    activations = importlib.import_module("pallas_kernels.grouped_matmul.activation").ACTIVATIONS
+    choices["moe.activation"] = tuple(activations)
     for path, names in choices.items():
         for value in _value(config, path):
             if value not in names:

@@ -344,6 +344,8 @@ def test_bad_input_is_one_clear_error():
         run(make_config(moe=dict(num_experts=0)), [make_batch(0)])
     with pytest.raises(ConfigError, match="moe.slots_per_expert: Soft MoE"):
         run(make_config(moe=dict(slots_per_expert=1)), [make_batch(0)])
+    with pytest.raises(ConfigError, match="moe.activation=gpt_oss: calibration"):
+        run(make_config(moe=dict(activation="gpt_oss")), [make_batch(0)])
     params["embedding"] = params["embedding"].at[:].set(jnp.nan)
     with pytest.raises(
         ValueError, match="inputs of gate_up in layer segment_1/block_0/0 are not finite"

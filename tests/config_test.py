@@ -302,6 +302,7 @@ class TestProblems:
             (["moe.num_dense_layers=5"], "moe.num_dense_layers", "at most model.num_layers=4"),
             (["moe.capacity_factor=-1"], "moe.capacity_factor", "at least 0"),
             (["moe.implementation=cuda"], "moe.implementation", "auto"),
+            (["moe.activation=relu"], "moe.activation", "swiglu, gpt_oss"),
             (["moe.implementation=ragged_dot"], "moe.implementation", "cannot evaluate fp8_w"),
             (
                 ["train.accumulation_steps=3"],

@@ -57,6 +57,25 @@ def test_layers_have_their_own_parameters(built):
     assert np.abs(gate_up[0] - gate_up[1]).max() > 0.01
 
 
+@pytest.mark.parametrize("slots", [0, 2], ids=["routed", "Soft MoE"])
+def test_routed_experts_alone_have_another_activation(slots):
+    """Dense and shared feed-forwards stay SwiGLU: without what routed experts say, both models are the same."""
+    moe_fields = dict(num_dense_layers=1, num_shared_experts=1, slots_per_expert=slots)
+
+    def of(activation):
+        config = make_config(model=dict(num_layers=2), moe=moe_fields | dict(activation=activation))
+        return model.from_config(config, VOCAB)
+
+    swiglu, clamped = of("swiglu"), of("gpt_oss")
+    variables = model.init(swiglu, jax.random.key(0))
+    a, b = (forward(m, variables, make_inputs()).hidden_BLD for m in (swiglu, clamped))
+    assert np.abs(a - b).max() > 0.01
+    experts = variables["params"]["segment_1"]["block_0"]["moe"]["experts"]
+    experts["down"] = jnp.zeros_like(experts["down"])
+    a, b = (forward(m, variables, make_inputs()).hidden_BLD for m in (swiglu, clamped))
+    np.testing.assert_array_equal(a, b)
+
+
 def test_no_output_depends_on_a_later_token(built):
     _, transformer, variables = built
     inputs = make_inputs()

@@ -343,6 +343,7 @@ class TestRefusals:
         [
             ("moe", dict(num_experts=0), "the run has no experts"),
             ("moe", dict(slots_per_expert=1), "the run is Soft MoE"),
+            ("moe", dict(activation="gpt_oss"), "the run has moe.activation=gpt_oss"),
             ("model", dict(width=40), "nvfp4 has blocks of 16, .* divide model.width=40"),
             ("moe", dict(expert_width=24), "nvfp4 has blocks of 16, .* divide moe.expert_width=24"),
         ],

@@ -97,6 +97,7 @@ def test_without_virtual_groups_granular_experts_miss_shards(dense, tmp_path):
         (dict(k=1), {}, "renormalise"),
         (dict(kind="remoe"), {}, "remoe"),
         (dict(k=2), dict(capacity_factor=1.0), "capacity_factor"),
+        (dict(k=2), dict(activation="gpt_oss"), "activation"),
     ],
 )
 def test_says_what_cannot_equal_the_dense_model(tmp_path, router, moe, word):

@@ -226,6 +226,10 @@ def _check(config, batches: Sequence, fallback: str, min_tokens: int) -> None:
             "moe.slots_per_expert: Soft MoE's experts see mixtures of tokens, not rows; calibration "
             "needs routed experts (slots_per_expert=0)"
         )
+    if config.moe.activation != "swiglu":
+        raise ConfigError(
+            f"moe.activation={config.moe.activation}: calibration computes the rows of down with SwiGLU"
+        )
     if fallback not in FALLBACKS:
         raise ValueError(f"unknown fallback {fallback!r}; allowed: {', '.join(FALLBACKS)}")
     if min_tokens < 1:

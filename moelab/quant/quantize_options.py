@@ -75,6 +75,10 @@ def check(config, options: Options):
         )
     if config.moe.slots_per_expert:
         raise ConfigError("the run is Soft MoE (moe.slots_per_expert), which has no routed experts")
+    if config.moe.activation != "swiglu":
+        raise ConfigError(
+            f"the run has moe.activation={config.moe.activation}: what is measured and exported here assumes swiglu"
+        )
     if options.layout:
         export.check_model(config, options.layout, options.format)
         if options.schemes[0] == "w4a8":

@@ -64,3 +64,4 @@ class SwiGLU:
 
 SWIGLU = SwiGLU()
 GPT_OSS = SwiGLU(alpha=1.702, limit=7.0, offset=1.0)
+ACTIVATIONS = {"swiglu": SWIGLU, "gpt_oss": GPT_OSS}
