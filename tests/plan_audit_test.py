@@ -152,6 +152,14 @@ def test_serving_rows_that_cannot_be_judged(tmp_path):
     }
 
 
+def test_some_gpus_only(tmp_path):
+    rows = [experts(latency=MIXTRAL_MS / 3), experts(device="NVIDIA GB200", latency=MIXTRAL_MS / 3)]
+    found = audit.run([write(tmp_path / "x.csv", rows)])
+    only = audit.of_gpus(found, ("gb200",))
+    assert len(found.impossible) == 2 and [r.gpu for r in only.impossible] == ["gb200"]
+    assert [row[0] for row in audit.by_gpu(only)] == ["gb200"]
+
+
 def test_json_and_parquet(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet

@@ -152,6 +152,11 @@ def test_a_page(capsys, tmp_path, json_too):
         (("train", "--hardware=gb200x8"), "bytes too many per GPU"),
         (("train", "--precision=int4"), "training computes in bf16"),
         (("audit", "nowhere.csv"), "no table of measured times"),
+        (("train", "--search", "--tp=4"), "--search chooses --tp, --pp and --ep"),
+        (("validate", "rows.csv", "--peer_rows=3"), "leave out the FILE"),
+        (("--hardware=h100x8",), "it would fit h100x16 or h100x8 in nvfp4_w4a16"),
+        (("--hardware=b200x1", "--precision=fp8"), "it would fit b200x4"),
+        (("--hardware=h100x8", "--isl=100000000000"), "neither more of them nor fewer bits help"),
         (("clams",), "did you mean"),
     ],
 )

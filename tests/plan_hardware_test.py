@@ -103,6 +103,8 @@ def test_a_gpu_of_ones_own(tmp_path):
         (own(memory=-1), "wants a number above 0, got -1"),
         (own(date="soon"), "wants a text, a date"),
         (own(peaks={"fp8": 1e15}), "peaks wants bf16"),
+        (own(domain=8.5), "domain wants a whole number of GPUs, got 8.5"),
+        (own(name="b200"), "the name b200 is taken"),
         (own(extra=1), "wants exactly the fields"),
         ([1], "got list"),
     ],

@@ -1,5 +1,6 @@
 """Coverage, roofline, links, serving and the search: hand-worked numbers and what must hold for any model."""
 
+import re
 import time
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_a_model_that_does_not_fit_says_by_how_many_bytes():
         search.search(
             published.find("kimi_k2"), recipes.named("bf16"), hardware.system("h100x8"), LOAD
         )
-    excess = int(str(error.value).split()[-6])
+    excess = int(re.search(r"(\d+) bytes too many", str(error.value))[1])
     # 2.0528 TB over 8 GPUs, 0.4 GB of what is on all of them, a sequence; 80 GB less 4 %
     assert excess == pytest.approx(2.0528e12 / 8 - 76.8e9, rel=0.02)
 
@@ -242,3 +243,21 @@ def test_wrong_calibrations(tmp_path):
     path.write_text("{}")
     with pytest.raises(search.UserError, match="is no calibration"):
         calibration.load(path)
+
+
+@pytest.mark.parametrize(
+    ("system", "precision"), [("h100x8", "fp8"), ("b200x1", "nvfp4"), ("h200x8", "bf16")]
+)
+def test_what_is_said_to_fit_does(system, precision):
+    """The alternatives of the message are plans, and half as many GPUs are none."""
+    model, asked = V3, hardware.system(system)
+    with pytest.raises(search.DoesNotFit) as caught:
+        search.candidates(model, recipes.named(precision), asked, LOAD)
+    other = re.search(r"it would fit (\S+)(?: or (\S+) in (\S+))?$", str(caught.value))
+    more = hardware.system(other[1])
+    assert len(search.candidates(model, recipes.named(precision), more, LOAD)[1])
+    if other[2]:
+        assert len(search.candidates(model, recipes.named(other[3]), asked, LOAD)[1])
+    with pytest.raises(search.DoesNotFit):
+        half = hardware.System(more.gpu, more.count // 2)
+        search.candidates(model, recipes.named(precision), half, LOAD)

@@ -194,6 +194,10 @@ def _notes(results, costs, args, options) -> list[str]:
         f"calibrated on {calibration.rows} measured rows ({calibration.source}, {calibration.date}); the time to the "
         "first token is no promise: measured ones are about five times as long under load",
     ]
+    if args.routes:
+        notes.append(f"experts as unequal as in {args.routes}")
+    if not first.load.draft and args.acceptance != 0.7:
+        notes.append("--acceptance changes nothing without --draft=N")
     for found, price in zip(results, costs, strict=True):
         outside = sorted(
             {n for notes_ in found.notes for n in notes_ if "batch" not in n and "gpus" not in n}

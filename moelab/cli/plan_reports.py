@@ -117,6 +117,8 @@ def _pair(text: str) -> tuple[str, str]:
 def validate(args: argparse.Namespace) -> int:
     """Prints errors on held-out rows beside the plain roofline and aiconfigurator, or on rows of one's own."""
     if args.file:
+        if args.peer_rows or args.write:
+            raise UserError("--peer_rows and --write are for the wheel's rows: leave out the FILE")
         return _own_rows(args)
     from moelab.plan import calibrate, calibration, measured, named, validation
 
@@ -238,7 +240,9 @@ def audit(args: argparse.Namespace) -> int:
     else:
         root = measured.need() / "systems" / "data"
         found = auditing.run(auditing.wheel_tables(gpus), root)
-    bad = [row for row in found.impossible if not gpus or row.gpu in gpus]
+    if gpus:
+        found = auditing.of_gpus(found, gpus)
+    bad = found.impossible
     if args.json:
         output.print_json(
             {

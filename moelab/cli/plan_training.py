@@ -10,13 +10,15 @@ from moelab.cli.plan import paired, price_of
 from moelab.errors import UserError
 
 COLUMNS = ("system", "precision", "tp", "pp", "ep", "dp", "tokens/s/GPU [80 %]", "TFLOP/s/GPU")
-COLUMNS += ("MFU", "MFU of bf16", "s/step", "bubble", "exchange", "GB/GPU", "$/B tokens")
+COLUMNS += ("MFU", "MFU of bf16", "s/step", "bubble", "exchange", "GB/GPU", "$/B tokens [80 %]")
 
 
 def train(args: argparse.Namespace) -> int:
     """Prints one row per system."""
     from moelab.plan import hardware, readers, training
 
+    if args.search and (args.tp, args.pp, args.ep) != (1, 1, 1):
+        raise UserError("--search chooses --tp, --pp and --ep: leave them out, or leave it out")
     model, rows = readers.model(args.model), []
     for name, precision in paired(args.hardware, args.precision):
         system = hardware.system(name)
@@ -50,6 +52,7 @@ def _row(model, system, job, step, args) -> dict:
 
     price = price_of(system.gpu.name, args.price)
     rate = step.tokens_per_gpu
+    dollars = lambda tokens: price and price.value / 3600 / tokens * 1e9  # noqa: E731
     notes = [
         f"{system.name}: {name} {system.gpu.figures()[name]}" for name in system.gpu.unverified()
     ]
@@ -71,14 +74,16 @@ def _row(model, system, job, step, args) -> dict:
         "seconds": step.seconds,
         "parts": step.parts,
         "memory": step.memory,
-        "dollars_per_billion": None if price is None else price.value / 3600 / rate * 1e9,
+        "dollars_per_billion": dollars(rate),
+        "dollars_per_billion_low": dollars(rate * training.BAND[1]),
+        "dollars_per_billion_high": dollars(rate * training.BAND[0]),
         "notes": notes,
     }
 
 
 def _cells(row: dict) -> tuple:
     share = lambda name: f"{100 * row['parts'][name] / row['seconds']:.0f} %"  # noqa: E731
-    dollars = row["dollars_per_billion"]
+    dollars = [row[f"dollars_per_billion{end}"] for end in ("", "_low", "_high")]
     return (
         row["system"],
         row["precision"],
@@ -91,5 +96,5 @@ def _cells(row: dict) -> tuple:
         share("bubble"),
         share("exchange between experts' ranks, not hidden"),
         f"{sum(row['memory'].values()) / 1e9:.0f}",
-        "-" if dollars is None else f"{dollars:.0f}",
+        "-" if None in dollars else "{:.0f} [{:.0f}, {:.0f}]".format(*dollars),
     )

@@ -333,6 +333,15 @@ def _number(value) -> bool:
     return isinstance(value, int | float | np.integer | np.floating)
 
 
+def of_gpus(found: Audit, gpus: tuple[str, ...]) -> Audit:
+    """Returns what was found of some GPUs; what was explained or not judged stays that of the tables."""
+    return dataclasses.replace(
+        found,
+        checked={key: count for key, count in found.checked.items() if key[0] in gpus},
+        impossible=tuple(row for row in found.impossible if row.gpu in gpus),
+    )
+
+
 def by_gpu(found: Audit) -> list[tuple]:
     """Lists per GPU: rows judged, impossible rows, their kernels, the largest factor."""
     judged, rows = collections.Counter(), collections.defaultdict(list)

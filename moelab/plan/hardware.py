@@ -159,6 +159,10 @@ def from_json(path: str) -> Gpu:
         raise HardwareError(f"{path}: {error}") from None
     if "bf16" not in peaks or set(peaks) - set(PEAKS):
         raise HardwareError(f"{path}: peaks wants bf16 and may have fp8, fp4; got {sorted(peaks)}")
+    if read["name"] in GPUS:
+        raise HardwareError(f"{path}: the name {read['name']} is taken by a GPU known here")
+    if figures["domain"].value % 1:
+        raise HardwareError(f"{path}: domain wants a whole number of GPUs, got {read['domain']}")
     return Gpu(str(read["name"]), str(read["name"]), (0, 0), peaks, **figures)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from moelab.errors import UserError
 from moelab.plan import calibration as calibrations
-from moelab.plan import coverage, serving, work
+from moelab.plan import coverage, recipes, serving, work
 from moelab.plan.calibration import Calibration
 from moelab.plan.figures import scaled
 from moelab.plan.hardware import System
@@ -222,15 +222,45 @@ def _keep(found: Found, keep: np.ndarray) -> Found:
 
 
 def _too_large(model, recipe, system, every, load) -> str:
-    gpu = system.gpu
-    least = work.weight_bytes(model, recipe, every)
-    least = least + work.kv_bytes(model, recipe, every, load.isl + load.osl / 2)
-    room = gpu.memory.value * (1 - serving.RESERVED)
-    need, total = float(least.min()), model.weight_bytes(recipe)
+    need, room = _least_bytes(model, recipe, every, load), _room(system)
+    total = model.weight_bytes(recipe)
     return (
         f"{model.name} in {recipe.name} does not fit {system.name}: {scaled(total, 'B')} of weights and a sequence "
         f"of {load.isl + load.osl} tokens need {scaled(need, 'B')} on each GPU, {scaled(room, 'B')} are usable: "
-        f"{math.ceil(need - room)} bytes too many per GPU"
+        f"{math.ceil(need - room)} bytes too many per GPU; {_alternatives(model, recipe, system, load)}"
+    )
+
+
+def _room(system: System) -> float:
+    return system.gpu.memory.value * (1 - serving.RESERVED)
+
+
+def _least_bytes(model, recipe, every, load) -> float:
+    """Returns what the most economical layout needs on a GPU for one sequence."""
+    least = work.weight_bytes(model, recipe, every)
+    return float((least + work.kv_bytes(model, recipe, every, load.isl + load.osl / 2)).min())
+
+
+def _alternatives(model, recipe, system, load) -> str:
+    """Names what would fit: more of these GPUs, and the format nearest to the one asked for."""
+    gpu, domain = system.gpu, int(system.gpu.domain.value)
+    fits = lambda r, n: _least_bytes(model, r, layouts(model, n, domain), load) <= _room(system)  # noqa: E731
+    counts = (system.count * 2**i for i in range(1, 8))
+    more = next((n for n in counts if n <= 4096 and fits(recipe, n)), None)
+    smaller = [
+        r
+        for r in recipes.RECIPES.values()
+        if model.weight_bytes(r) < model.weight_bytes(recipe)
+        and all(p in gpu.peaks for p in r.precisions())
+        and fits(r, system.count)
+    ]
+    found = [f"{gpu.name}x{more}"] if more else []
+    if smaller:
+        found.append(f"{system.name} in {max(smaller, key=model.weight_bytes).name}")
+    return (
+        f"it would fit {' or '.join(found)}"
+        if found
+        else "neither more of them nor fewer bits help"
     )
 
 
