@@ -184,6 +184,19 @@ def test_train(capsys):
     assert json.loads(out)[0]["low"] < json.loads(out)[0]["tokens_per_s_gpu"]
 
 
+def test_training_beyond_the_published_rows(capsys):
+    words = ("train", "--model=qwen3_235b", "--pp=8", "--ep=32", "--json")
+    _, out, _ = run(
+        capsys, *words, "--hardware=gb200x256,gb200x4096", "--precision=bf16,nvfp4", "--batch=4096"
+    )
+    known, beyond = json.loads(out)
+    assert known["outside_calibrated_range"] == [] and known["high"] / known["low"] == 1.35 / 0.5
+    assert beyond["outside_calibrated_range"] == ["precision nvfp4", "gpus 4096 is above 2048"]
+    assert beyond["high"] / beyond["low"] == 4
+    _, out, err = run(capsys, *words[:-1], "--precision=nvfp4")
+    assert "outside the calibrated range: precision nvfp4" in err and "outside" in out
+
+
 def test_claims(capsys, tmp_path):
     path = tmp_path / "claims.html"
     code, out, err = run(capsys, "claims", f"--out={path}")

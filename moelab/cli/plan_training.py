@@ -10,7 +10,16 @@ from moelab.cli.plan import paired, price_of
 from moelab.errors import UserError
 
 COLUMNS = ("system", "precision", "tp", "pp", "ep", "dp", "tokens/s/GPU [80 %]", "TFLOP/s/GPU")
-COLUMNS += ("MFU", "MFU of bf16", "s/step", "bubble", "exchange", "GB/GPU", "$/B tokens [80 %]")
+COLUMNS += (
+    "MFU",
+    "MFU of bf16",
+    "s/step",
+    "bubble",
+    "exchange",
+    "GB/GPU",
+    "$/B tokens [80 %]",
+    "range",
+)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -53,7 +62,10 @@ def _row(model, system, job, step, args) -> dict:
     price = price_of(system.gpu.name, args.price)
     rate = step.tokens_per_gpu
     dollars = lambda tokens: price and price.value / 3600 / tokens * 1e9  # noqa: E731
-    notes = [
+    beyond = training.outside(model, system, job)
+    low, high = training.band(beyond)
+    notes = [f"{system.name}: outside the calibrated range: {', '.join(beyond)}"] if beyond else []
+    notes += [
         f"{system.name}: {name} {system.gpu.figures()[name]}" for name in system.gpu.unverified()
     ]
     if price is not None:
@@ -66,8 +78,8 @@ def _row(model, system, job, step, args) -> dict:
         **dataclasses.asdict(job),
         "dp": system.count // (job.tp * job.pp),
         "tokens_per_s_gpu": rate,
-        "low": rate * training.BAND[0],
-        "high": rate * training.BAND[1],
+        "low": rate * low,
+        "high": rate * high,
         "flops_per_gpu": step.flops_per_gpu,
         "mfu": step.mfu,
         "mfu_bf16": step.mfu_bf16,
@@ -75,8 +87,9 @@ def _row(model, system, job, step, args) -> dict:
         "parts": step.parts,
         "memory": step.memory,
         "dollars_per_billion": dollars(rate),
-        "dollars_per_billion_low": dollars(rate * training.BAND[1]),
-        "dollars_per_billion_high": dollars(rate * training.BAND[0]),
+        "dollars_per_billion_low": dollars(rate * high),
+        "dollars_per_billion_high": dollars(rate * low),
+        "outside_calibrated_range": list(beyond),
         "notes": notes,
     }
 
@@ -97,4 +110,5 @@ def _cells(row: dict) -> tuple:
         share("exchange between experts' ranks, not hidden"),
         f"{sum(row['memory'].values()) / 1e9:.0f}",
         "-" if None in dollars else "{:.0f} [{:.0f}, {:.0f}]".format(*dollars),
+        "outside" if row["outside_calibrated_range"] else "ok",
     )

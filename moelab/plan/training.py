@@ -14,6 +14,7 @@ import math
 
 from moelab.errors import UserError
 from moelab.plan import calibration as calibrations
+from moelab.plan import hardware, published
 from moelab.plan.figures import Source, scaled
 from moelab.plan.hardware import System
 from moelab.plan.models import Model
@@ -297,3 +298,31 @@ def published_rows() -> tuple[Published, ...]:
         row("gpt_oss_120b", "h100x64", "bf16", 5630, pp=4, ep=8, global_batch=1280),
         row("deepseek_v3", "h800x2048", "fp8", 1543, _V3, pp=16, ep=64, global_batch=15360),
     )
+
+
+def outside(model: Model, system: System, job: Job) -> tuple[str, ...]:
+    """Names what is beyond the published rows that set OVERHEAD and BAND."""
+    rows = published_rows()
+    systems = [hardware.system(row.system) for row in rows]
+    sizes = [published.find(row.model).total() for row in rows]
+    found = []
+    if system.gpu.name not in {s.gpu.name for s in systems}:
+        found.append(f"gpu {system.gpu.name}")
+    if job.precision not in {row.job.precision for row in rows}:
+        found.append(f"precision {job.precision}")
+    for name, value, known in (
+        ("gpus", system.count, [s.count for s in systems]),
+        ("parameters", model.total(), sizes),
+        ("length", job.length, [row.job.length for row in rows]),
+    ):
+        if not min(known) <= value <= max(known):
+            side = "below" if value < min(known) else "above"
+            found.append(
+                f"{name} {value:.6g} is {side} {min(known) if side == 'below' else max(known):.6g}"
+            )
+    return tuple(found)
+
+
+def band(beyond: tuple[str, ...]) -> tuple[float, float]:
+    """Returns the factors of the 80 % band of the rate: beyond the published rows at least 1/2 and 2 (assumed)."""
+    return (min(BAND[0], 0.5), max(BAND[1], 2.0)) if beyond else BAND
