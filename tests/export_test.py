@@ -15,6 +15,7 @@ from moelab import config as configs
 from moelab.errors import ConfigError
 from moelab.quant import export, export_tensors, storage, tensor_file
 from pallas_kernels import formats
+from pallas_kernels.grouped_matmul import loading
 from tests import packed_run, tiny
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -97,6 +98,19 @@ class TestStorage:
         assert same(found.quantized, packed.quantized)  # formats and rules are in the structure
         assert same(found.router_state, packed.router_state)
         assert found.facts["config"] == packed.facts["config"]
+
+    def test_experts_arranged_for_a_device_are_stored_as_they_were(self, tmp_path, nvfp4):
+        _, _, _, packed = nvfp4
+
+        def arranged(leaf):
+            *_, outputs, inputs = leaf.shape
+            return loading.padded(formats.arranged(leaf, "tcgen05"), 2 * outputs, 2 * inputs, 2)
+
+        is_packed = dict(is_leaf=lambda a: isinstance(a, formats.BlockScaled))
+        changed = jax.tree.map(arranged, packed.quantized, **is_packed)
+        facts = storage.save(tmp_path / "q", dataclasses.replace(packed, quantized=changed))
+        assert same(storage.load(tmp_path / "q").quantized, packed.quantized)
+        assert facts["bytes"] == storage.save(tmp_path / "p", packed)["bytes"]
 
     def test_bfloat16_rounds_the_rest_alone(self, tmp_path, nvfp4):
         _, _, _, packed = nvfp4

@@ -281,6 +281,7 @@ def test_a_models_experts_are_padded_when_loaded():
         loaded = packing.for_device({"moe": {"experts": experts}}, "mxfp4")["moe"]["experts"]
     for name, wide in (("gate_up", (2, E, 512, 256)), ("down", (2, E, 256, 256))):
         assert loaded[name].shape == shapes[name] and loaded[name].value.shape == wide
+    jax.tree.map(np.testing.assert_array_equal, packing.as_packed(loaded), experts)
     values = formats.dequantize(loaded["gate_up"].value)
     assert values[:, :, [0, 191, 256, 447], :192].all() and not values[:, :, [192, 255, 448]].any()
 

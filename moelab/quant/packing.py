@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moelab.quant.recipes import Recipe
 from pallas_kernels import formats
-from pallas_kernels.grouped_matmul import choice
+from pallas_kernels.grouped_matmul import choice, loading
 
 # Ends of the paths of routed experts' matrices, [..., E, out, in].
 EXPERT_PATHS = (("experts", "gate_up"), ("experts", "down"))
@@ -84,6 +84,19 @@ def for_device(quantized: Mapping[str, Any], activations: str | None) -> dict:
         return choice.for_device(leaf, activations, parts=parts)
 
     return jax.tree_util.tree_map_with_path(loaded, quantized, is_leaf=_is_packed)
+
+
+def as_packed(quantized: Mapping[str, Any]) -> dict:
+    """Returns packed experts as `pack` made them, whatever `for_device` did to them: linear scales, no padding."""
+
+    def stored(leaf):
+        leaf = leaf.logical() if isinstance(leaf, loading.Padded) else leaf
+        return formats.arranged(leaf, "linear") if _is_packed(leaf) else leaf
+
+    def is_weight(leaf):
+        return _is_packed(leaf) or isinstance(leaf, loading.Padded)
+
+    return jax.tree.map(stored, quantized, is_leaf=is_weight)
 
 
 _dequantize = jax.jit(formats.dequantize)

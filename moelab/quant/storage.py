@@ -22,7 +22,7 @@ import numpy as np
 from moelab import environment, metrics
 from moelab.data import files
 from moelab.errors import ConfigError
-from moelab.quant import tensor_file
+from moelab.quant import packing, tensor_file
 from pallas_kernels import formats
 
 TENSORS, FACTS = "model.safetensors", "quantized.json"
@@ -61,7 +61,7 @@ def save(folder: str | Path, packed: PackedRun, rest_dtype: str = "float32") -> 
 
     Args:
       folder: is made.
-      packed: what to write; its facts are completed.
+      packed: what to write; its facts are completed. What `packing.for_device` did to its experts is undone.
       rest_dtype: of the floating-point parameters that are not packed: float32 or bfloat16. The router's state stays
         as it is.
 
@@ -76,6 +76,7 @@ def save(folder: str | Path, packed: PackedRun, rest_dtype: str = "float32") -> 
         raise ConfigError(f"rest_dtype={rest_dtype!r} is not known; allowed: {allowed}")
     folder = check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    packed = dataclasses.replace(packed, quantized=packing.as_packed(packed.quantized))
     arrays = _arrays(packed, jnp.dtype(rest_dtype))
     tensor_file.save(folder / TENSORS, arrays, {"format": "pt", "moelab": str(SCHEMA)})
     facts = packed.facts | {
