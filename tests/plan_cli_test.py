@@ -87,6 +87,15 @@ def test_json_compares_at_one_speed(capsys):
     assert first["gpu_tokens_per_s"] and second["gpu_tokens_per_s"] is None  # H200 is not so fast
 
 
+@pytest.mark.parametrize("name", ["tiny", "demo", "routing/olmoe", "serving/packed"])
+def test_a_plan_of_moelabs_own_models(capsys, name):
+    """Experts narrower than a kernel's tile fit whole, and no cost is so small that it prints as 0."""
+    code, out, err = run(capsys, f"--model={name}", "--hardware=h100x2", "--precision=bf16")
+    assert code == 0 and "outside" in out and "parameters" in err
+    dollars = [float(x) for x in re.findall(r"(\S+) \[\S+ \S+\]  \S+ +outside$", out, re.MULTILINE)]
+    assert dollars and all(0 < x < 2 for x in dollars)
+
+
 def test_unverified_figures_are_printed_as_such(capsys):
     _, _, err = run(capsys, "--hardware=h800x16", "--precision=fp8")
     assert "nvlink 200 GB/s (unverified)" in err

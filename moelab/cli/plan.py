@@ -176,7 +176,7 @@ def _rows(found, price, args) -> list[tuple]:
                 f"{row['gpu_tokens_per_s']:.0f}",
                 f"{row['ttft_ms']:.0f}",
                 f"{row['used_bytes'] / 1e9:.0f}",
-                "-" if price is None else "{:.2f} [{:.2f}, {:.2f}]".format(*dollars),
+                "-" if price is None else "{} [{}, {}]".format(*map(plan_speed.money, dollars)),
                 f"{cost['joules_per_token']:.3g}",
                 "outside" if row["outside_calibrated_range"] else "ok",
             )

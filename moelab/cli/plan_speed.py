@@ -46,10 +46,15 @@ def line(one: dict) -> str:
     ends = (one["gpu_tokens_per_s_low"], one["gpu_tokens_per_s_high"])
     words = f"{name} at {user}: {one['gpu_tokens_per_s']:.0f} [{ends[0]:.0f}, {ends[1]:.0f}] tokens/s/GPU"
     if "dollars_per_million" in one:
-        words += f", {one['dollars_per_million']:.2f} $ per million tokens"
+        words += f", {money(one['dollars_per_million'])} $ per million tokens"
     if "break_even" in one:
         words += (
             f"; {one['break_even_of']} pays up to {one['break_even']:.2f} times the GPU-hour of {name}"
             " (moelab plan compare has the interval)"
         )
     return words
+
+
+def money(dollars: float) -> str:
+    """Writes cents, and of less than ten of them two digits."""
+    return f"{dollars:.2f}" if dollars >= 0.1 else f"{dollars:.2g}"

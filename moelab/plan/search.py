@@ -22,7 +22,7 @@ from moelab.plan.work import Layout
 
 BATCHES = tuple(sorted({round(2 ** (i / 2)) for i in range(21)}))  # 1, 1.4, 2, ... 1024, rounded
 MOST_TP, MOST_PP = 16, 8
-LEAST_SLICE = 128  # columns of an expert on one GPU: what the kernels' tiles want
+LEAST_SLICE = 128  # columns of an expert that is cut, on one GPU: what the kernels' tiles want
 
 
 class DoesNotFit(UserError):
@@ -149,6 +149,7 @@ def _splits(model: Model, group: int, ep: int, domain: int) -> bool:
         return ep == 1
     slice_ = group // ep
     wide = model.expert_width >= LEAST_SLICE * slice_ and model.expert_width % slice_ == 0
+    wide = wide or slice_ == 1  # a narrow expert that is not cut runs, if badly
     return ep <= model.experts and wide and slice_ <= domain
 
 

@@ -156,7 +156,8 @@ def ttft(
     """Returns seconds to the first token: waiting for a running step, and for the prompts before, then the prompt.
 
     A closed loop of B sequences keeps the share u = (B / osl) t_prompt / TPOT of the time busy with prompts; the wait
-    is that of a queue with constant service, u / (2 (1 - u)) prompts. Bursts and schedulers are not in it: no promise.
+    is that of a queue with constant service, u / (2 (1 - u)) prompts. Faster decoding of as many sequences brings more
+    prompts, so that the wait can grow with the hardware. Bursts and schedulers are not in it: no promise.
     """
     prompt = prompt_time(prepared, efficiency, engine, years, overlap)
     step = tpot(prepared, efficiency, engine, years, overlap) * prepared.tokens
