@@ -231,6 +231,26 @@ def test_biases_of_quantized_layers():
     np.testing.assert_allclose(got[1][3][1][0], np.asarray(X[:5]).sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla_windows", "ragged_dot"])
+def test_gradients_inside_shard_map_are_a_devices_own(implementation):
+    """Weights and biases that differ between devices get gradients that do; JAX looks at the types, even of one."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(gate_up, down, bias):
+        options = dict(precision=QUANTIZED, implementation=implementation, bias=bias)
+        return pallas_kernels.expert_mlp(X, gate_up, down, SIZES, activation=GPT_OSS, **options)
+
+    def gradients(f):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(f(*a) * X), argnums=(0, 1, 2)))(
+            GATE_UP, DOWN, BIAS
+        )
+
+    split = jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(loss, mesh=mesh, in_specs=split, out_specs=split)
+    got, want = gradients(mapped), gradients(loss)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
 def interleaved(halves):
     """Rows gate, up, gate, up .. as a checkpoint has them."""
     return jnp.stack(jnp.split(halves, 2, axis=1), axis=2).reshape(halves.shape)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device, formats
-from pallas_kernels.grouped_matmul import operands, reference
+from pallas_kernels.grouped_matmul import operands, reference, windows
 from pallas_kernels.grouped_matmul.activation import SWIGLU
 
 
@@ -46,7 +46,9 @@ def weight_gradient(dy_TN, x_TK, group_sizes_E):
     def product(w_ENK):
         return grouped_matmul(x_TK, w_ENK, group_sizes_E, None, None, jnp.float32)
 
-    return jax.vjp(product, jnp.zeros(shape, jnp.float32))[1](dy_TN.astype(jnp.float32))[0]
+    # Zeros of each device's own: the gradient of what all devices share would be summed over them.
+    zeros_ENK = windows.zeros(shape, jnp.float32, (dy_TN, x_TK, group_sizes_E))
+    return jax.vjp(product, zeros_ENK)[1](dy_TN.astype(jnp.float32))[0]
 
 
 def expert_mlp(
