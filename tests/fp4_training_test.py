@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import formats
+from pallas_kernels import formats, schedules
 from pallas_kernels.grouped_matmul import MatmulPrecision, mosaic_sm100, operands
 from pallas_kernels.grouped_matmul import mosaic_sm100_wgrad as wgrad
 from pallas_kernels.grouped_matmul import transposed_operands as along_tokens
@@ -38,7 +38,7 @@ def rows_product(x_TK, w_ENK):
         *(x_TK, w_ENK, SIZES),
         expert_scale_E=jnp.ones(E) if scale_E is None else scale_E,
         row_scale_T=formats.global_scale(x_TK),
-        tiling=mosaic_sm100.default_tiling(w_ENK.format, jnp.float32),
+        tiling=schedules.sm100_tiling("128x128", w_ENK.format, jnp.float32),
         **LAUNCH,
     )
 
