@@ -55,6 +55,7 @@ def test_a_plan(capsys):
     # wider than the band of one configuration: at half the speed a batch is smaller too
     bounds = calibration.shipped().bounds(False)
     assert low < best / bounds[1] and high > best / bounds[0]
+    assert "joules at the wall: what the GPU is sold with x 1.25 x a PUE of 1.25 (assumed)" in err
     assert "basis owner" in err and "80 % band" in err and "unverified" not in err
 
 
@@ -182,6 +183,17 @@ def test_compare(capsys):
     assert free["gain"] > equal["gain"] > 1
     code, out, err = run(capsys, "compare", "--draft=2", "--software_before=2025-10-01")
     assert "speculation" in out and "software" in out and "Shapley" in err
+    assert "sequences fit so" not in err
+
+
+@pytest.mark.filterwarnings("error")
+def test_compare_says_what_does_not_fit(capsys):
+    """At 0 tokens/s/user it is the highest throughput, without a warning of numpy."""
+    _, _, err = run(capsys, "compare", "--batch=300", "--user=0")
+    # 8 H200 hold (135.4 GB - 84.4 of weights) / (8704 tokens x 61 x 576 x 2 bytes) = 83 sequences
+    assert "h200x8 fp8: 83 sequences fit so, not --batch=300" in err
+    # 8 B200: (172.8 - 50.4) / 0.6117 GB
+    assert "b200x8 nvfp4: 200 sequences fit so" in err
 
 
 def test_train(capsys):

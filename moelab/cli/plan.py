@@ -186,6 +186,8 @@ def _rows(found, price, args) -> list[tuple]:
 
 def _notes(results, costs, args, options) -> list[str]:
     """Says what the numbers stand on."""
+    from moelab.plan import prices
+
     calibration, first = options.calibration, results[0]
     notes = [
         f"tokens are output tokens; {first.load.isl} in, {first.load.osl} out, {args.mode}, speculative decoding "
@@ -194,6 +196,11 @@ def _notes(results, costs, args, options) -> list[str]:
         f"calibrated on {calibration.rows} measured rows ({calibration.source}, {calibration.date}); the time to the "
         "first token is no promise: measured ones are about five times as long under load",
     ]
+    wall, pue = prices.WALL, prices.PUE
+    notes.append(
+        f"joules at the wall: what the GPU is sold with x {wall.value:g} x a PUE of {pue.value:g} "
+        f"({pue.source.status}); {wall.source.text}, {wall.source.date}"
+    )
     if args.routes:
         notes.append(f"experts as unequal as in {args.routes}")
     if not first.load.draft and args.acceptance != 0.7:

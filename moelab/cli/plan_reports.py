@@ -23,7 +23,7 @@ def _way(text: str, isl: int, osl: int, draft: int = 0, software: str = "2026-04
 
 def compare(args: argparse.Namespace) -> int:
     """Prints what a gain is due to, at equal configuration and at equal interactivity."""
-    from moelab.plan import attribution, readers
+    from moelab.plan import attribution, readers, serving
     from moelab.plan.work import Layout
 
     model = readers.model(args.model)
@@ -36,6 +36,15 @@ def compare(args: argparse.Namespace) -> int:
         attribution.equal_configuration(model, a, b, Layout(count), args.batch),
         attribution.equal_interactivity(model, a, b, args.user),
     ]
+    for way in (a, b):
+        most = float(
+            serving.largest_batch(model, way.recipe, way.system.gpu, Layout(count), way.load)[0]
+        )
+        if most < args.batch:
+            output.note(
+                f"{way.system.name} {way.recipe.name}: {int(most)} sequences fit so, not --batch={args.batch}; its "
+                "rate at equal configuration is what it would be with more memory"
+            )
     if args.json:
         output.print_json([dataclasses.asdict(f) | {"gain": f.gain} for f in found])
         return 0

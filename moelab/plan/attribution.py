@@ -201,7 +201,7 @@ def equal_interactivity(
         fastest_S1 = tpot_Sn.argmin(1)[:, None]
         reached = np.where(able_Sn, rate_Sn, 0).max(1)
         rate, tpot = (np.take_along_axis(x, fastest_S1, 1)[:, 0] for x in (rate_Sn, tpot_Sn))
-        return np.where(able_Sn.any(1), reached, rate / tpot / user)
+        return np.where(able_Sn.any(1), reached, rate / tpot / max(user, 1e-9))
 
     for way in (a, b):
         throughput(way, strict=True)
