@@ -225,11 +225,13 @@ def test_claims(capsys, tmp_path):
     for verdict in ("SUPPORTED", "PARTLY", "NOT SUPPORTED", "NOT TESTABLE HERE"):
         assert f"\n{verdict}: " in f"\n{out}"
     assert "bits per byte lost" in out and "operating point: deepseek_v3" in err
+    low, high = calibration.shipped().bounds(False)
+    assert f"times per token are {low:.2f} to {high:.2f} of the predicted" in err
     page = path.read_text()
     assert page.count("<svg") >= 8 and "Quality lost against throughput gained" in page
 
 
-@pytest.mark.parametrize("what", ["gpus", "models", "recipes", "prices", "calibration"])
+@pytest.mark.parametrize("what", ["gpus", "models", "recipes", "prices", "clouds", "calibration"])
 def test_facts(capsys, what):
     code, out, _ = run(capsys, "facts", what)
     assert code == 0 and len(out.splitlines()) > 5

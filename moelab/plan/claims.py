@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from moelab.plan import (
     attribution,
+    calibration,
     clouds,
     evidence,
     hardware,
@@ -324,7 +325,7 @@ def _trillions(s: Setting) -> Claim:
         tuple(rows),
         "partly" if all(x < 0.9 for x in fits.values()) else "not supported",
         "the weights fit in FP4 (10 T would not in bfloat16); speeds are extrapolated: the largest model of the "
-        "calibration has 1.0 T",
+        f"calibration has {calibration.shipped().ranges['parameters'][1] / 1e12:.1f} T",
         tuple((f"{n} {x}", v) for (n, x), v in fits.items()),
         "share of the rack's memory",
     )
