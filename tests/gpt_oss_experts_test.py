@@ -251,6 +251,16 @@ def test_gradients_inside_shard_map_are_a_devices_own(implementation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
+def test_no_gradient_of_a_bias_is_a_scatter():
+    """A GPU's scatter-add sums in any order, so that two runs would differ."""
+
+    def loss(bias):
+        options = dict(bias=bias, activation=GPT_OSS, implementation="ragged_dot")
+        return pallas_kernels.expert_mlp(X, GATE_UP, DOWN, SIZES, **options).sum()
+
+    assert "scatter" not in str(jax.make_jaxpr(jax.grad(loss))(BIAS))
+
+
 def interleaved(halves):
     """Rows gate, up, gate, up .. as a checkpoint has them."""
     return jnp.stack(jnp.split(halves, 2, axis=1), axis=2).reshape(halves.shape)

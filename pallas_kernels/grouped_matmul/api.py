@@ -80,7 +80,7 @@ def grouped_matmul(
     if kernel is None:
         return module.grouped_matmul(x_TK, w_ENK, sizes_E, bias_EN, row_scale_T, out_dtype)
     y_TN = quantized.grouped_matmul(module, x_TK, w_ENK, sizes_E, PLAIN, F32, kernel=kernel)
-    return _finish(y_TN, sizes_E, bias_EN, row_scale_T, out_dtype)
+    return _finish(module, y_TN, sizes_E, bias_EN, row_scale_T, out_dtype)
 
 
 def quantized_grouped_matmul(
@@ -310,11 +310,11 @@ def _out_dtype(out_dtype, x) -> jnp.dtype:
     return jnp.dtype(x.dtype if out_dtype is None else out_dtype)
 
 
-def _finish(y_TN, group_sizes_E, bias_EN, row_scale_T, out_dtype) -> jax.Array:
+def _finish(backend, y_TN, group_sizes_E, bias_EN, row_scale_T, out_dtype) -> jax.Array:
     """Row scale and bias behind a kernel's product, in float32; zero beyond the groups, and one cast."""
     if row_scale_T is not None:
         y_TN = y_TN * row_scale_T.astype(jnp.float32)[:, None]
     if bias_EN is not None:
-        y_TN = y_TN + operands.of_group(bias_EN, group_sizes_E, y_TN.shape[0])
+        y_TN = operands.plus_bias(y_TN, bias_EN, group_sizes_E, backend.weight_gradient)
     inside_T = jnp.arange(y_TN.shape[0]) < jnp.sum(group_sizes_E)
     return jnp.where(inside_T[:, None], y_TN, 0).astype(out_dtype)

@@ -112,7 +112,7 @@ class Kernel:
         out_dtype: jnp.dtype,
         device: Device,
     ) -> jax.Array:
-        """y[t] = cast(acc * (g_x[t] g_w[e] row_scale[t])) + bias, zero beyond the groups: (T, N)."""
+        """y[t] = cast(acc * (g_x[t] g_w[e] row_scale[t]) + bias[e]), zero beyond the groups: (T, N)."""
         expert_E = formats.global_scale(w_ENK)
         if expert_E is None:
             expert_E = jnp.ones(w_ENK.shape[0], jnp.float32)

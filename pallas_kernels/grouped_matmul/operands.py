@@ -8,12 +8,13 @@ T rows sorted by expert, K contraction axis, N output axis, E experts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device, formats, private_shard_map
-from pallas_kernels.grouped_matmul import kernels
+from pallas_kernels.grouped_matmul import kernels, windows
 from pallas_kernels.grouped_matmul.precision import MatmulPrecision, Weight
 
 
@@ -131,6 +132,43 @@ def of_group(value_E: jax.Array, group_sizes_E: jax.Array, num_rows: int) -> jax
     pad = [(0, 1)] + [(0, 0)] * (value_E.ndim - 1)
     padded = jnp.pad(value_E.astype(jnp.float32), pad)
     return padded[group_of(group_sizes_E, num_rows)]
+
+
+def plus_bias(
+    y_TN: jax.Array,
+    bias_EN: jax.Array,
+    group_sizes_E: jax.Array,
+    weight_gradient: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Adds each row's expert's bias, float32; the gradient sums rows in one order, where a scatter-add has none.
+
+    Args:
+      y_TN: float32 rows sorted by expert.
+      bias_EN: float.
+      group_sizes_E: int32.
+      weight_gradient: of a backend: the bias is the weight of an input that is always 1.
+    """
+    return _plus_bias(*windows.vary_alike(y_TN, bias_EN, group_sizes_E), weight_gradient)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _plus_bias(y_TN, bias_EN, group_sizes_E, weight_gradient):
+    return y_TN + of_group(bias_EN, group_sizes_E, y_TN.shape[0])
+
+
+def _plus_bias_forward(y_TN, bias_EN, group_sizes_E, weight_gradient):
+    y_TN = _plus_bias(y_TN, bias_EN, group_sizes_E, weight_gradient)
+    return y_TN, (jnp.zeros(0, bias_EN.dtype), group_sizes_E)
+
+
+def _plus_bias_backward(weight_gradient, residuals, dy_TN):
+    like, group_sizes_E = residuals
+    ones_T1 = jnp.ones((dy_TN.shape[0], 1), jnp.float32)
+    dbias_EN1 = weight_gradient(*windows.vary_alike(dy_TN, ones_T1, group_sizes_E))
+    return dy_TN, dbias_EN1[..., 0].astype(like.dtype), None
+
+
+_plus_bias.defvjp(_plus_bias_forward, _plus_bias_backward)
 
 
 def weights(w_ENK: Weight, precision: MatmulPrecision) -> Weight:

@@ -56,28 +56,8 @@ def grouped_matmul(
     y_TN = _product(*leaves, (backend, kernel), precision, product_dtype)
     if bias_EN is None:
         return y_TN
-    return _plus_bias(*windows.vary_alike(y_TN, bias_EN, group_sizes_E), backend).astype(out_dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _plus_bias(y_TN, bias_EN, group_sizes_E, backend):
-    """Float32 rows plus their expert's bias; the gradient sums rows as a weight gradient does, not by scatter-add."""
-    return y_TN + operands.of_group(bias_EN, group_sizes_E, y_TN.shape[0])
-
-
-def _plus_bias_forward(y_TN, bias_EN, group_sizes_E, backend):
-    y_TN = _plus_bias(y_TN, bias_EN, group_sizes_E, backend)
-    return y_TN, (jnp.zeros(0, bias_EN.dtype), group_sizes_E)
-
-
-def _plus_bias_backward(backend, residuals, dy_TN):
-    like, group_sizes_E = residuals
-    ones_T1 = jnp.ones((dy_TN.shape[0], 1), jnp.float32)
-    dbias_EN1 = backend.weight_gradient(*windows.vary_alike(dy_TN, ones_T1, group_sizes_E))
-    return dy_TN, dbias_EN1[..., 0].astype(like.dtype), None
-
-
-_plus_bias.defvjp(_plus_bias_forward, _plus_bias_backward)
+    y_TN = operands.plus_bias(y_TN, bias_EN, group_sizes_E, backend.weight_gradient)
+    return y_TN.astype(out_dtype)
 
 
 def expert_mlp(

@@ -29,7 +29,7 @@ def grouped_matmul(x_TK, w_ENK, group_sizes_E, bias_EN, row_scale_T, out_dtype):
     if row_scale_T is not None:
         y_TN = y_TN * row_scale_T.astype(jnp.float32)[:, None]
     if bias_EN is not None:
-        y_TN = y_TN + operands.of_group(bias_EN, group_sizes_E, y_TN.shape[0])
+        y_TN = operands.plus_bias(y_TN, bias_EN, group_sizes_E, weight_gradient)
     return jnp.where(inside_T[:, None], y_TN, 0.0).astype(out_dtype)
 
 
