@@ -13,6 +13,7 @@ from moelab.plan import (
     attribution,
     calibration,
     claims,
+    claims_costs,
     clouds,
     evidence,
     figures,
@@ -294,9 +295,11 @@ def test_verdicts_follow_from_the_numbers(report):
     tenfold = dataclasses.replace(
         shared.whole, factors={"fp4_bytes": 9.0, "silicon": 1.1}, after=9.9 * shared.whole.before
     )
-    assert claims._collapse(dataclasses.replace(shared, whole=tenfold)).verdict == "supported"
+    assert claims_costs.collapse(dataclasses.replace(shared, whole=tenfold)).verdict == "supported"
     nothing = dataclasses.replace(shared.whole, after=1.01 * shared.whole.before)
-    assert claims._collapse(dataclasses.replace(shared, whole=nothing)).verdict == "not supported"
+    assert (
+        claims_costs.collapse(dataclasses.replace(shared, whole=nothing)).verdict == "not supported"
+    )
     twice = evidence.Pairs("x", np.array([2.0, 2.1]))
     pairs = shared.pairs | {"fp8 to fp4": twice}
     assert claims._doubles(dataclasses.replace(shared, pairs=pairs)).verdict == "supported"
@@ -340,9 +343,9 @@ def test_what_a_new_gpu_costs_decides_whether_it_pays(report):
     shared, _ = report
     for gain, verdict in ((2.1, "supported"), (1.55, "partly"), (1.2, "not supported")):
         pairs = {"h200 to b200": evidence.Pairs("h200 to b200", np.array([gain]))}
-        assert claims._silicon(dataclasses.replace(shared, pairs=pairs)).verdict == verdict
+        assert claims_costs.silicon(dataclasses.replace(shared, pairs=pairs)).verdict == verdict
     unpriced = dataclasses.replace(shared.point, after=("b300x8", "nvfp4"))
-    found = claims._silicon(dataclasses.replace(shared, point=unpriced))
+    found = claims_costs.silicon(dataclasses.replace(shared, point=unpriced))
     assert found.verdict == "not testable here" and "modelled, h200 to b300" in found.because
 
 
@@ -378,11 +381,11 @@ def test_clouds_count_where_a_source_names_the_machine(report, monkeypatch):
     memory = dataclasses.replace(fewer[0].source, status="unverified")
     unsure = [dataclasses.replace(i, source=memory) if i.gpu == "gb300" else i for i in fewer]
     monkeypatch.setattr(clouds, "INSTANCES", tuple(unsure))
-    partly = claims._clouds(shared)
+    partly = claims_costs.sold_by_clouds(shared)
     assert partly.verdict == "partly" and "none at Azure" in partly.because
     everywhere = [dataclasses.replace(i, source=memory) for i in unsure]
     monkeypatch.setattr(clouds, "INSTANCES", tuple(everywhere))
-    assert claims._clouds(shared).verdict == "not testable here"
+    assert claims_costs.sold_by_clouds(shared).verdict == "not testable here"
 
 
 def test_published_rates_that_are_in_no_fit():

@@ -109,3 +109,28 @@ def setting(point: Point) -> Setting:
         evidence.measured_pairs(),
         evidence.quality(),
     )
+
+
+def published_line(name: str) -> tuple[str, str]:
+    """Returns a published figure and its source."""
+    figure = evidence.EVIDENCE[name]
+    return f"{figure}", f"{figure.source.text}, {figure.source.date} ({figure.source.status})"
+
+
+def measured_lines(shared: Setting, name: str) -> tuple[tuple[str, str], ...]:
+    """Returns measured pairs and their source, or that they are not here."""
+    if name not in shared.pairs:
+        return (("measured pairs: not here, the extra plan-data is not installed", "-"),)
+    return ((f"measured, {shared.pairs[name]}", "aiconfigurator-core 0.12.0, silicon_sample.csv"),)
+
+
+def gain_words(found: Attribution) -> str:
+    """Writes a modelled gain with what it could be by the calibrated values."""
+    low, high = found.intervals["gain"]
+    return f"{found.gain:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def shares_words(found: Attribution) -> str:
+    """Writes a gain as the product of its causes."""
+    parts = ", ".join(f"{name} {factor:.2f}x" for name, factor in found.factors.items())
+    return f"modelled, {found.basis}: {gain_words(found)} = {parts}"

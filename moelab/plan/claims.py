@@ -7,13 +7,12 @@ verdicts of that. The operating point is one for all claims, and printed.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 from moelab.plan import (
     attribution,
     calibration,
-    clouds,
+    claims_costs,
     evidence,
     hardware,
     prices,
@@ -21,100 +20,25 @@ from moelab.plan import (
     recipes,
     search,
 )
-from moelab.plan.attribution import Attribution, Way
-from moelab.plan.claim import Claim, Point, Setting, setting
+from moelab.plan.attribution import Way
+from moelab.plan.claim import (
+    Claim,
+    Point,
+    Setting,
+    gain_words,
+    measured_lines,
+    published_line,
+    setting,
+    shares_words,
+)
 from moelab.plan.figures import scaled
 from moelab.plan.serving import Load
-from moelab.plan.work import Layout
-
-EVERYWHERE = tuple(basis for basis in prices.BASES if basis != "low")  # offers that all can have
 
 
 def report(point: Point | None = None) -> tuple[Setting, tuple[Claim, ...]]:
     """Tests every claim."""
     shared = setting(point or Point())
     return shared, tuple(test(shared) for test in TESTS)
-
-
-def _published(name: str) -> tuple[str, str]:
-    figure = evidence.EVIDENCE[name]
-    return f"{figure}", f"{figure.source.text}, {figure.source.date} ({figure.source.status})"
-
-
-def _measured(shared: Setting, name: str) -> tuple[tuple[str, str], ...]:
-    if name not in shared.pairs:
-        return (("measured pairs: not here, the extra plan-data is not installed", "-"),)
-    return ((f"measured, {shared.pairs[name]}", "aiconfigurator-core 0.12.0, silicon_sample.csv"),)
-
-
-def _gain(found: Attribution) -> str:
-    """Writes a modelled gain with what it could be by the calibrated values."""
-    low, high = found.intervals["gain"]
-    return f"{found.gain:.2f}x [{low:.2f}, {high:.2f}]"
-
-
-def _shares(found: Attribution) -> str:
-    parts = ", ".join(f"{name} {factor:.2f}x" for name, factor in found.factors.items())
-    return f"modelled, {found.basis}: {_gain(found)} = {parts}"
-
-
-def price_ratios(point: Point) -> dict[str, float]:
-    """Returns the price of the newer GPU over the older one's, by every basis that is known of both."""
-    found = {basis: price_ratio(point, basis) for basis in EVERYWHERE}
-    return {basis: ratio for basis, ratio in found.items() if ratio}
-
-
-def _by_basis(ratios: dict[str, float]) -> str:
-    return ", ".join(f"{b} {r:.2f}x" for b, r in ratios.items()) or "not known of both GPUs"
-
-
-def price_ratio(point: Point, basis: str) -> float | None:
-    """Returns the price of the newer GPU over the older one's; None where one is not known."""
-    names = [hardware.system(s).gpu.name for s, _ in (point.before, point.after)]
-    known = [prices.PRICES.get(name, {}).get(basis) for name in names]
-    return None if None in known else known[1].value / known[0].value
-
-
-def _spread(whole: Attribution, cheaper: dict[str, float]) -> str:
-    low, high = (x / whole.gain for x in whole.intervals["gain"])
-    least, most = min(cheaper.values()), max(cheaper.values())
-    ends = f"{least * low:.2f} to {most * high:.2f}"
-    return f"{least:.2f} to {most:.2f} times cheaper by price basis, {ends} with the gain's 80 % interval"
-
-
-def _collapse(s: Setting) -> Claim:
-    fp4 = math.log(s.whole.factors.get("fp4_bytes", 1) * s.whole.factors.get("fp4_flops", 1))
-    share = fp4 / math.log(s.whole.gain) if s.whole.gain != 1 else 0.0
-    cheaper = {b: s.whole.gain / r for b, r in price_ratios(s.point).items()}
-    spread = _spread(s.whole, cheaper) if cheaper else ""
-    if not cheaper:
-        verdict = "not testable here"
-    elif min(cheaper.values()) <= 1:
-        verdict = "partly" if max(cheaper.values()) > 1 else "not supported"
-    else:
-        verdict = "supported" if share > 0.5 and min(cheaper.values()) >= 3 else "partly"
-    return Claim(
-        "fp4_collapse",
-        "FP4 on B200 collapses the cost of serving MoE models against H100 and H200",
-        "throughput at equal interactivity, split by cause, over the ratio of prices by basis",
-        (
-            (_shares(s.whole), "moelab plan"),
-            (
-                f"cost per token before over after, by price basis: {_by_basis(cheaper)}",
-                "moelab plan, prices.py",
-            ),
-            *_measured(s, "h200 to b200"),
-            *_measured(s, "fp8 to fp4"),
-            _published("r1_b200_over_h200"),
-            _published("qwen3_235b_b200_over_h200"),
-        ),
-        verdict,
-        f"{s.whole.gain:.1f}x the throughput, of which FP4 is {100 * share:.0f} % of the logarithm; "
-        + (f"tokens are {spread} " if cheaper else "no prices of both ")
-        + "(supported: FP4 above half, and 3 times cheaper on every basis)",
-        tuple(s.whole.factors.items()),
-        "factor of the gain",
-    )
 
 
 def _thirty_five(s: Setting) -> Claim:
@@ -126,9 +50,9 @@ def _thirty_five(s: Setting) -> Claim:
         "GB300 serves DeepSeek-R1 35 times cheaper per token than H200",
         "the arithmetic of the point, and the same point without multi-token prediction",
         (
-            _published("claim_35x_low"),
-            _published("claim_35x_high"),
-            _published("gb300_without_mtp"),
+            published_line("claim_35x_low"),
+            published_line("claim_35x_high"),
+            published_line("gb300_without_mtp"),
             (
                 f"computed: 1.41 $/h at 90 tokens/s is {arithmetic[0]:.2f} $, "
                 f"2.65 $/h at 6000 is {arithmetic[1]:.3f} $",
@@ -159,7 +83,7 @@ def _doubles(s: Setting) -> Claim:
         "fp4_doubles",
         "FP4 doubles throughput, as its peak FLOPs do",
         "time per output token of FP8 over FP4 on the same GPU, at equal layout and batch",
-        ((_shares(s.equal), "moelab plan"), *_measured(s, "fp8 to fp4")),
+        ((shares_words(s.equal), "moelab plan"), *measured_lines(s, "fp8 to fp4")),
         verdict,
         f"{number:.2f}x at equal configuration (supported from 1.8x, partly from 1.5x): decoding reads weights, and "
         "what is fixed per layer does not shrink with bits",
@@ -182,7 +106,7 @@ def _lossless(s: Setting) -> Claim:
         )
         for g in s.gaps
     )
-    joined = f"modelled gain from it: {_gain(s.fp4_alone)} tokens/s/GPU at {s.point.user:g} tokens/s/user"
+    joined = f"modelled gain from it: {gain_words(s.fp4_alone)} tokens/s/GPU at {s.point.user:g} tokens/s/user"
     verdict, because = _quality_verdict(gaps.get("nvfp4_wa"))
     return Claim(
         "fp4_lossless",
@@ -192,9 +116,9 @@ def _lossless(s: Setting) -> Claim:
         (
             *own,
             (joined, "moelab plan"),
-            _published("mmlu_pro_moe"),
-            _published("mmlu_pro_dense"),
-            _published("aime_nemotron"),
+            published_line("mmlu_pro_moe"),
+            published_line("mmlu_pro_dense"),
+            published_line("aime_nemotron"),
         ),
         verdict,
         because,
@@ -216,51 +140,6 @@ def _quality_verdict(gap: evidence.Gap | None) -> tuple[str, str]:
     )
 
 
-def _silicon(s: Setting) -> Claim:
-    model = published.find(s.point.model)
-    a = s.point.way(s.point.before[0], s.point.before[1])
-    b = s.point.way(s.point.after[0], s.point.before[1])
-    found = attribution.equal_configuration(model, a, b, Layout(8), 32)
-    gpus = [hardware.system(system).gpu.name for system, _ in (s.point.before, s.point.after)]
-    measured = s.pairs.get(" to ".join(gpus))  # of this pair of GPUs, or none
-    number = measured.median if measured else found.gain
-    cheaper = {b: number / r for b, r in price_ratios(s.point).items()}
-    return Claim(
-        "new_gpu",
-        "A new GPU pays without a new format",
-        "time per output token on the older over the newer GPU at equal precision, layout and batch, over the ratio of "
-        "their prices",
-        (
-            (_shares(found), "moelab plan"),
-            *_measured(s, "h200 to b200"),
-            *_measured(s, "h100 to h200"),
-            *_measured(s, "b200 to b300"),
-            (
-                f"price, newer over older: {_by_basis(price_ratios(s.point))}",
-                "moelab plan, prices.py",
-            ),
-            (
-                f"cost per token, older over newer: {_by_basis(cheaper)}",
-                "moelab plan, prices.py",
-            ),
-        ),
-        _pays(tuple(cheaper.values())),
-        f"{number:.2f}x as fast ({'measured' if measured else 'modelled'}, {' to '.join(gpus)}); cost per token, older "
-        f"over newer: {_by_basis(cheaper)} (supported: above 1 on every basis, partly: on some); larger batches at "
-        "equal interactivity come on top",
-        tuple((name, p.median) for name, p in s.pairs.items()) or (("modelled", found.gain),),
-        "speed-up at equal configuration",
-    )
-
-
-def _pays(cheaper: tuple[float, ...]) -> str:
-    if not cheaper:
-        return "not testable here"
-    if min(cheaper) > 1:
-        return "supported"
-    return "partly" if max(cheaper) > 1 else "not supported"
-
-
 def _nvlink(s: Setting) -> Claim:
     model = published.find("deepseek_v3")
     load = Load(2048, 1024, disaggregated=True)
@@ -272,22 +151,22 @@ def _nvlink(s: Setting) -> Claim:
     }
     times = [evidence.EVIDENCE[n].value for n in ("exchange_ib_ep32", "exchange_nvl72_ep64")]
     ratio, gain = times[0] / times[1], max(g.gain for g in gains.values())
-    words = ", ".join(f"{_gain(g)} at {u} tokens/s/user" for u, g in gains.items())
+    words = ", ".join(f"{gain_words(g)} at {u} tokens/s/user" for u, g in gains.items())
     return Claim(
         "nvlink",
         "NVLink over a rack makes experts of trillion-parameter models practical",
         "the exchange between experts' ranks, and the best throughput of 72 GPUs in one NVLink domain against 9 "
         "islands of 8 joined by network cards",
         (
-            _published("exchange_nvl72_ep64"),
-            _published("exchange_ib_ep32"),
+            published_line("exchange_nvl72_ep64"),
+            published_line("exchange_ib_ep32"),
             (
                 f"modelled, {model.name} in FP8, GB200 with 72 against 8 GPUs in a domain: {words}",
                 "moelab plan",
             ),
-            _published("gb200_over_b200_at_125"),
-            _published("gb200_over_b200_at_164"),
-            _published("v3_h800_node"),
+            published_line("gb200_over_b200_at_125"),
+            published_line("gb200_over_b200_at_164"),
+            published_line("v3_h800_node"),
         ),
         "supported" if ratio > 2 and gain > 1.2 else "partly",
         f"an exchange is {ratio:.1f} times faster and throughput up to {gain:.2f} times higher (supported from 2 and "
@@ -331,38 +210,6 @@ def _trillions(s: Setting) -> Claim:
     )
 
 
-def _clouds(s: Setting) -> Claim:
-    fp4 = [i for i in clouds.INSTANCES if "fp4" in hardware.find(i.gpu).peaks]
-    sure = sorted({i.cloud for i in fp4 if i.verified})
-    missing = sorted({i.cloud for i in clouds.INSTANCES} - set(sure))
-    words = _by_basis(price_ratios(s.point))
-    return Claim(
-        "clouds",
-        "The large clouds sell it",
-        "a dated list of machines with FP4 tensor cores, who says so, and what they cost against the older GPU",
-        (
-            *(_offer(i) for i in clouds.INSTANCES),
-            (f"price of the newer over the older GPU: {words}", "moelab plan, prices.py"),
-        ),
-        "supported" if not missing else "partly" if sure else "not testable here",
-        f"a source other than memory names such a machine at {', '.join(sure) or 'none of them'}"
-        + (f", none at {', '.join(missing)}" if missing else "")
-        + " (supported: at all three); offered is not on demand: AWS began with reserved blocks; whether it pays is "
-        f"decided by the ratio of prices: {words}",
-        tuple(price_ratios(s.point).items()),
-        "price, newer over older GPU",
-    )
-
-
-def _offer(i: clouds.Instance) -> tuple[str, str]:
-    mark = "" if i.verified else " (unverified)"
-    price, source = "", f"{i.source.text}, {i.source.date} ({i.source.status})"
-    if i.price is not None:
-        price = f", {i.price}"
-        source += f"; price: {i.price.source.text}, {i.price.source.date}"
-    return f"{i.cloud} {i.name}: {i.gpu}{price}{mark}", source
-
-
 def _verification(s: Setting) -> Claim:
     return Claim(
         "verification",
@@ -394,14 +241,14 @@ def _data(s: Setting) -> Claim:
 
 
 TESTS: tuple[Callable[[Setting], Claim], ...] = (
-    _collapse,
+    claims_costs.collapse,
     _thirty_five,
     _doubles,
     _lossless,
-    _silicon,
+    claims_costs.silicon,
     _nvlink,
     _trillions,
-    _clouds,
+    claims_costs.sold_by_clouds,
     _verification,
     _data,
 )
