@@ -101,6 +101,13 @@ def sm100_schedule(name: str, product: Product) -> Schedule:
     return of_sm100_decode(sm100_tiling(name, product.w, out_dtype), product.w)
 
 
+def _scale_tiles_bytes(product: Product, tile_t: int) -> float:
+    """What XLA writes, and the kernel reads again, of a tile of scales for each block of tokens, most of it zeros."""
+    blocks = -(-product.rows // tile_t)
+    scales = mosaic_sm100_tiling.TILE_M * product.inputs / FORMATS[product.x].block
+    return 2 * blocks * scales
+
+
 @functools.cache
 def choose_sm100(product: Product, limits: Limits = roofline.B200, collective: bool = True) -> str:
     """Returns the name in SM100 or SM100_SWAPPED of the fastest tiling for a product; the first of equals.
@@ -118,6 +125,8 @@ def choose_sm100(product: Product, limits: Limits = roofline.B200, collective: b
 
     def seconds(name: str) -> float:
         time = roofline.roofline(product, sm100_schedule(name, product), limits).time
+        if name in SM100_SWAPPED:
+            time += _scale_tiles_bytes(product, SM100_SWAPPED[name]) / limits.hbm
         return time * _HANDICAP[name]
 
     return min((*fits, *SM100_SWAPPED), key=seconds)
