@@ -1,5 +1,6 @@
 """moelab/tasks: what is asked, and the rows that known nats give. No model is run but in the last tests."""
 
+import collections
 import json
 import math
 from types import SimpleNamespace
@@ -161,7 +162,9 @@ def test_minimal_pairs_prefer_the_real_text(dataset):
         "bracket",
     }  # no "this" in the text
     assert all(row.value == 1 and row.chance == 0.5 for row in rows.values())
-    assert rows["bracket"].n <= 10  # two places of a document, which are dependent
+    groups = collections.Counter(choice.group for choice in dict(asked.about)["bracket"])
+    assert set(groups.values()) == {2}  # of three brackets in a document
+    assert rows["bracket"].n == len(groups)  # which are dependent
 
 
 def _within(token_S, dataset, texts):
