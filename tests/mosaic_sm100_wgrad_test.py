@@ -239,8 +239,9 @@ def test_mutants_are_caught(mutant):
     try:
         wrong = np.any(mutant_result(mutants.mutated(MODULE, mutant)) != want)
         caught = "numerics" if wrong else "nothing"
-    except Exception:
+    except Exception as error:
         private_jax.reset_interpreter()
+        assert "RACE DETECTED" in str(error) or "arrier" in str(error), error
         caught = "race"
     assert caught == mutant.caught_by or (caught != "nothing" and mutant.caught_by == "either")
     np.testing.assert_array_equal(mutant_result(wgrad), want)
