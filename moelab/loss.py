@@ -24,7 +24,9 @@ def cross_entropy(
     """Sums weight * (logsumexp(head @ h) - (head @ h)[target]) over tokens, chunk by chunk.
 
     Differentiated, each chunk's gradient is formed while its logits exist, so that the head is multiplied three times
-    and not four, and at most C * V logits live at one time.
+    and not four, and at most C * V logits live at one time. The head's gradient is summed as (D, V) and transposed once:
+    XLA:CPU packs the transposed operand of this product slowly, and hidden is the smaller one (13.3 ms against 5.4 for
+    C=1024, V=4096, D=128 on one core).
 
     Args:
       hidden_TD: (T, D), the dtype of the matmul; sums are float32.
@@ -46,7 +48,7 @@ def _run(hidden_TD, head_VD, target_T, weight_T, chunk, gradient):
     chunk = chunk if chunk and num_tokens % chunk == 0 else num_tokens
     cast_VD = head_VD.astype(hidden_TD.dtype)
 
-    def body(d_head_VD, part):
+    def body(d_head_DV, part):
         h_CD, target_C, weight_C = part
         logit_CV = jax.lax.dot_general(
             h_CD, cast_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
@@ -58,26 +60,26 @@ def _run(hidden_TD, head_VD, target_T, weight_T, chunk, gradient):
         own_C = jnp.sum(jnp.where(hit_CV, logit_CV, 0), axis=-1)
         nats_C = jnp.log(sum_C) + top_C - own_C
         if not gradient:
-            return d_head_VD, (nats_C, h_CD)
+            return d_head_DV, (nats_C, h_CD)
         scale_C = (weight_C / sum_C)[:, None]
         d_logit_CV = exp_CV * scale_C - jnp.where(hit_CV, weight_C[:, None], 0)
         d_logit_CV = d_logit_CV.astype(h_CD.dtype)
-        d_head_VD += jax.lax.dot_general(
-            d_logit_CV, h_CD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        d_head_DV += jax.lax.dot_general(
+            h_CD, d_logit_CV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
-        return d_head_VD, (nats_C, d_logit_CV @ cast_VD)
+        return d_head_DV, (nats_C, d_logit_CV @ cast_VD)
 
     parts = (
         hidden_TD.reshape(-1, chunk, width),
         target_T.reshape(-1, chunk),
         weight_T.reshape(-1, chunk),
     )
-    start = jnp.zeros(head_VD.shape if gradient else (), jnp.float32)
+    start = jnp.zeros(head_VD.shape[::-1] if gradient else (), jnp.float32)
     start = parallel.vary_like(start, hidden_TD)
-    d_head_VD, (nats, d_hidden) = jax.lax.scan(body, start, parts)
+    d_head_DV, (nats, d_hidden) = jax.lax.scan(body, start, parts)
     nats_T = nats.reshape(-1)
     loss = jnp.sum(jnp.where(weight_T > 0, nats_T * weight_T, 0))
-    return loss, nats_T, d_hidden.reshape(num_tokens, width), d_head_VD
+    return loss, nats_T, d_hidden.reshape(num_tokens, width), d_head_DV.T
 
 
 def _forward(hidden_TD, head_VD, target_T, weight_T, chunk):
@@ -165,7 +167,7 @@ def _run_divergence(
         )
         return jax.nn.log_softmax(logit_CV / tau, axis=-1)
 
-    def body(d_head_VD, part):
+    def body(d_head_DV, part):
         h_CD, teacher_CD, weight_C = part
         log_q_CV = log_probabilities(h_CD, cast_VD)
         log_p_CV = log_probabilities(teacher_CD, teacher_cast_VD)
@@ -174,26 +176,26 @@ def _run_divergence(
         # V = 8192 and a divergence of 5e-7, measured errors of 6e-7 become 2e-9 to 6e-8.
         nats_C = tau * tau * jnp.sum(p_CV * (log_p_CV - log_q_CV) + (q_CV - p_CV), axis=-1)
         if not gradient:
-            return d_head_VD, (nats_C, h_CD)
+            return d_head_DV, (nats_C, h_CD)
         counts_C1 = weight_C[:, None] > 0  # 0 * NaN is NaN, so a token of no weight is taken out
         d_logit_CV = jnp.where(counts_C1, (q_CV - p_CV) * (tau * weight_C)[:, None], 0)
         d_logit_CV, h_CD = d_logit_CV.astype(h_CD.dtype), jnp.where(counts_C1, h_CD, 0)
-        d_head_VD += jax.lax.dot_general(
-            d_logit_CV, h_CD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        d_head_DV += jax.lax.dot_general(
+            h_CD, d_logit_CV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
-        return d_head_VD, (nats_C, d_logit_CV @ cast_VD)
+        return d_head_DV, (nats_C, d_logit_CV @ cast_VD)
 
     parts = (
         hidden_TD.reshape(-1, chunk, width),
         teacher_hidden_TD.reshape(-1, chunk, teacher_hidden_TD.shape[1]),
         weight_T.reshape(-1, chunk),
     )
-    start = jnp.zeros(head_VD.shape if gradient else (), jnp.float32)
+    start = jnp.zeros(head_VD.shape[::-1] if gradient else (), jnp.float32)
     start = parallel.vary_like(start, hidden_TD)
-    d_head_VD, (nats, d_hidden) = jax.lax.scan(body, start, parts)
+    d_head_DV, (nats, d_hidden) = jax.lax.scan(body, start, parts)
     nats_T = nats.reshape(-1)
     total = jnp.sum(jnp.where(weight_T > 0, nats_T * weight_T, 0))
-    return total, nats_T, d_hidden.reshape(num_tokens, width), d_head_VD
+    return total, nats_T, d_hidden.reshape(num_tokens, width), d_head_DV.T
 
 
 def _forward_divergence(*operands_and_options):
