@@ -157,6 +157,18 @@ class TestCommandLine:
         found = json.loads(call("--list", "--json")[1])["points"]
         assert all(p["status"] == FINISHED and p["expected_seconds"] > 0 for p in found)
 
+    def test_directories_are_called_after_the_file_that_was_named(self, made, monkeypatch, capsys):
+        monkeypatch.setattr(environment, "prepare", lambda: None)
+        monkeypatch.chdir(made.folder)
+        other = """
+def sweep_other():
+    yield {"name": "first", "config": "x.py"}
+"""
+        (made.folder / "y.py").write_text(FILE + other)
+        command = ["sweep", "--config=y.py", "--sweep=other", "--seeds=0-1", "--list", "--json"]
+        assert main(command) == 0
+        assert json.loads(capsys.readouterr().out)["workdir"] == "runs/y-other-seeds"
+
     def test_a_stopped_sweep_is_75(self, made, call, monkeypatch):
         made.behaviour = {"k=1": "30"}
 
