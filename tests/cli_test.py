@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import moelab
+from moelab import __main__ as console_script
 from moelab import cli, config, config_file, environment
 from moelab.cli import arguments, output
 
@@ -94,8 +95,32 @@ class TestHelp:
         assert f'version = "{moelab.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
     def test_console_script_and_module_are_the_same(self):
-        assert 'moelab = "moelab.cli:main"' in (ROOT / "pyproject.toml").read_text()
+        assert 'moelab = "moelab.__main__:console"' in (ROOT / "pyproject.toml").read_text()
         assert in_a_process("--version").stdout == f"moelab {moelab.__version__}\n"
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="glibc's huge pages")
+    @pytest.mark.parametrize(
+        "words, tuned, started", [("run", None, 1), ("config list", None, 0), ("run", "x", 0)]
+    )
+    def test_what_trains_starts_again_with_huge_pages_once(
+        self, monkeypatch, words, tuned, started
+    ):
+        replaced = []
+        monkeypatch.setenv("GLIBC_TUNABLES", tuned or "")
+        if tuned is None:
+            monkeypatch.delenv("GLIBC_TUNABLES")
+        monkeypatch.setattr(sys, "argv", ["moelab", *words.split()])
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "utf8", "-m", "moelab", "run"])
+        monkeypatch.setattr(console_script, "main", lambda: 0)
+        monkeypatch.setattr(os, "execv", lambda *call: replaced.append((*call, dict(os.environ))))
+        assert console_script.console() == 0
+        assert len(replaced) == started
+        for program, command, environ in replaced:
+            assert (program, command) == (
+                sys.executable,
+                [sys.executable, "-X", "utf8", "-m", "moelab", "run"],
+            )
+            assert environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
 class TestLightImports:
