@@ -11,7 +11,7 @@ import moelab
 from moelab import config as configs
 from moelab import config_file, rerun, schema, sweep
 from moelab.cli import main
-from moelab.report import ReportError, baselines, leaderboard, load_all
+from moelab.report import ReportError, arms, baselines, leaderboard, load_all
 from moelab.report import card as cards
 
 ROOT = Path(moelab.__file__).parent.parent
@@ -75,7 +75,7 @@ class TestCommitted:
         """Each sweep is planned: its points have no problems, and their number is that of the text."""
         monkeypatch.chdir(ROOT)
         family = baselines.family(name, FOLDER)
-        arms = set()
+        found = set()
         for command in family.commands:
             words = command.split()
             if words[1] != "sweep":
@@ -85,17 +85,20 @@ class TestCommitted:
                 options["config"], options["sweep"].split(","), seeds=[0]
             )
             assert points and not duplicates
-            if "learning_rates" not in options["sweep"]:
-                arms |= {point.name.removesuffix("-seed=0") for point in points}
+            found |= {point.name.removesuffix("-seed=0") for point in points}
         assert Path(family.config).is_file()
         for table in family.tables:
-            assert {*table.get("arms", ()), table["reference"]} <= arms
+            assert {*table.get("arms", ()), table["reference"]} <= found
 
-    def test_tuning_has_other_seeds_than_reports(self):
-        for family in baselines.families(FOLDER).values():
-            for command in family.commands:
-                if "learning_rates" in command and "sweep " in command:
-                    assert "--seeds=100-101" in command
+    def test_tuning_has_other_seeds_and_another_split_than_reports(self):
+        families = baselines.families(FOLDER)
+        tuned = [name for name in families if name.endswith("_tuning")]
+        assert tuned
+        for name, family in families.items():
+            sweeps = [command for command in family.commands if "sweep " in command]
+            assert all(("--seeds=100-101" in command) == (name in tuned) for command in sweeps)
+            splits = {table.get("precision") == arms.VALIDATION for table in family.tables}
+            assert splits == {name in tuned}
 
     def test_dense_controls_are_of_equal_size(self, monkeypatch):
         """Active or total parameters within 3 % of the reference's: routers are not split exactly."""
@@ -277,4 +280,4 @@ class TestJudgement:
 def test_the_experiments_name_their_families():
     names = {name for name, _ in config_file.files()}
     for family in baselines.families(FOLDER):
-        assert f"families/{family}" in names
+        assert f"families/{family.removesuffix('_tuning')}" in names

@@ -20,7 +20,13 @@ import ml_collections
 
 BASE = "../ablation.py"
 
-LENGTH = {"train.num_steps": 400, "checkpoint.every": 400, "evaluation.every": 400}
+RATE = 1e-2  # the lowest mean of learning_rates
+LENGTH = {
+    "train.num_steps": 400,
+    "checkpoint.every": 400,
+    "evaluation.every": 400,
+    "optimizer.learning_rate": RATE,
+}
 MECHANISMS = ("none", "switch_loss", "z_loss", "loss_free_bias", "quantile_ema")
 
 
@@ -28,6 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Returns what differs from the base."""
     config = ml_collections.ConfigDict()
     config.router = dict(kind="top_k", k=2, score="sigmoid")
+    config.optimizer = dict(learning_rate=RATE)
     config.train = dict(num_steps=400)
     config.checkpoint = dict(every=400)
     config.evaluation = dict(every=400)

@@ -1,15 +1,14 @@
 """Quantization: what training for four bits gives, over five paired seeds, for a MoE and its dense control.
 
     moelab run --config=experiments/families/quantization.py --workdir=runs/families_quantization
-    moelab sweep --config=families/quantization --sweep=learning_rates --seeds=100-101 --jobs=2
-    moelab report runs/quantization-learning_rates-seeds --split=validation
     moelab sweep --config=families/quantization --sweep=models,recipes --seeds=0-4 --jobs=2 --drop_checkpoints
     moelab baselines add runs/quantization-models-recipes-seeds --family=quantization
 
 Without a sweep it is the MoE in float32: ../ablation.py with the Switch loss at 400 steps. Quantization-aware training
 begins at step 250, so that an arm and its control are one run until then and see the same data after; FP4 training is
 quantized from the first step. Every arm is evaluated in float32, NVFP4 and MXFP4, weights alone and with activations.
-The dense control has one expert of twice the width, so that both run through the same code.
+The dense control has one expert of twice the width, so that both run through the same code. The learning rate is the
+one tuned for routing.py: its reference is this one.
 
 Lab book
   machine    not measured
@@ -28,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.router = dict(kind="top_k", k=2)
     config.balance = dict(switch_loss=dict(coefficient=0.01))
+    config.optimizer = dict(learning_rate=1e-2)
     config.train = dict(num_steps=400)
     config.checkpoint = dict(every=400)
     config.evaluation = dict(
@@ -55,9 +55,3 @@ def sweep_recipes():
         recipe = f"{format}_qat"
         yield {"name": recipe, "quantization.recipe": recipe, "quantization.start_step": 250}
     yield {"name": "nvfp4_training", "quantization.recipe": "nvfp4_training"}
-
-
-def sweep_learning_rates():
-    """The published grid, on the MoE in float32."""
-    for rate in (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2):
-        yield {"optimizer.learning_rate": rate}

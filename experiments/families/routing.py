@@ -24,7 +24,13 @@ import ml_collections
 
 BASE = "../ablation.py"
 
-LENGTH = {"train.num_steps": 400, "checkpoint.every": 400}
+RATE = 1e-2  # the lowest mean of learning_rates, and of the grids of both headline contrasts
+LENGTH = {
+    "train.num_steps": 400,
+    "checkpoint.every": 400,
+    "evaluation.every": 400,
+    "optimizer.learning_rate": RATE,
+}
 RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
 METHODS = (
     "top_k",
@@ -44,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.router = dict(kind="top_k", k=2)
     config.balance = dict(switch_loss=dict(coefficient=0.01))
+    config.optimizer = dict(learning_rate=RATE)
     config.train = dict(num_steps=400)
     config.checkpoint = dict(every=400)
     config.evaluation = dict(every=400)
@@ -53,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
 def sweep_methods():
     """The arms, each a file of its own, and the controls."""
     for name in METHODS:
-        yield {"name": name, "config": f"../routing/{name}.py", "evaluation.every": 400, **LENGTH}
+        yield {"name": name, "config": f"../routing/{name}.py", **LENGTH}
     yield {"name": "dense_active", **DENSE, "model.dense_width": 256}
     yield {"name": "dense_total", **DENSE, "model.dense_width": 2048}
 
@@ -70,9 +77,8 @@ def sweep_learning_rates_sigmoid_bias():
         yield {
             "config": "../routing/sigmoid_bias.py",
             "name": f"sigmoid_bias,learning_rate={rate}",
-            "optimizer.learning_rate": rate,
-            "evaluation.every": 400,
             **LENGTH,
+            "optimizer.learning_rate": rate,
         }
 
 
