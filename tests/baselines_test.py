@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import run_directory
@@ -267,6 +268,17 @@ class TestJudgement:
         assert not rerun.record(found, entries, self.card(0, 2.01), folder)
         (kept,) = rerun.drifts(folder)
         assert kept["difference"] == 0.01 and kept["to"]["simd"] == "avx512f"
+
+    def test_an_arm_of_a_tuning_is_judged_by_its_card_s_split(self, two_arms, monkeypatch):
+        path = two_arms / baselines.FAMILIES
+        families = json.loads(path.read_text())
+        families["a"]["tables"] = [{"precision": arms.VALIDATION}]
+        path.write_text(json.dumps(families))
+        card = baselines.read_arm(baselines.find("a/plain", two_arms))[0]["card"]
+        result = SimpleNamespace(card=card, exit_code=0)
+        monkeypatch.setattr(rerun.launch, "run", lambda *args, **options: result)
+        found = rerun.rerun("a/plain", folder=two_arms)
+        assert found.difference == 0 and found.passed
 
     def test_other_schemas_are_not_run(self, two_arms):
         path = baselines.find("plain", two_arms)
