@@ -475,6 +475,24 @@ class TestCitations:
             {"quantization": format | {"recipe": "none"}}
         )
 
+    def test_dirt_filters_and_shared_experts_are_cited(self):
+        config = {
+            "moe": {"num_experts": 8, "num_shared_experts": 1},
+            "router": {"kind": "top_k"},
+            "data": {
+                "inject": ["token_noise share=0.5", "duplicate share=0.1 copies=16"],
+                "filter": ["gopher_quality", "exact"],
+            },
+        }
+        found = citations.methods(config)
+        assert found.pop("router top_k")
+        assert found == {
+            "shared experts": ["2401.06066"],
+            "dirt duplicate": ["2205.10487"],
+            "filter gopher_quality": ["2112.11446"],
+        }
+        assert r"Analysis \& Insights" in citations.bibtex([config])
+
     def test_a_paper_without_an_entry_says_so(self, monkeypatch):
         monkeypatch.delitem(papers.PAPERS, "2202.09368")
         config = {"moe": {"num_experts": 8}, "router": {"kind": "expert_choice"}}
@@ -484,19 +502,19 @@ class TestCitations:
     def test_every_paper_that_is_named_has_its_title(self):
         package = Path(moelab.__file__).parent
         paths = [package / "soft_moe.py", package / "upcycle.py"]
-        for folder in ("routers", "balance", "quant", "tasks"):
+        for folder in ("routers", "balance", "quant", "tasks", "data/quality"):
             paths += (package / folder).rglob("*.py")
         # Also ids in comments, as in recipes.py, and those that citations.py names itself.
         paths.append(package / "report/citations.py")
         named = {i for path in paths for i in re.findall(r"\b\d{4}\.\d{5}\b", path.read_text())}
-        assert len(named) > 35
+        assert len(named) > 45
         assert named == papers.PAPERS.keys()
 
     def test_entries_are_bibtex(self):
         for paper, (authors, title) in papers.PAPERS.items():
             people = authors.removesuffix(" and others").split(" and ")
             assert all(re.fullmatch(r"[^,{}]+, [^,{}]+|\{[\w-]+\}", p) for p in people), paper
-            assert title == " ".join(title.split()) and not set(title) & set("{}&%$#_"), paper
+            assert title == " ".join(title.split()) and not set(title) & set("{}%$#_"), paper
 
 
 def test_the_command_line(swept, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""BibTeX of the methods that runs used: the papers that the docstrings of their routers and mechanisms name.
+"""BibTeX of the methods that runs used: the papers that the docstrings of their routers, mechanisms and filters name.
 
 A docstring may name several papers, where one file is several published methods under different fields: all of them are
 listed, and the writer picks. No network: titles and authors are kept in papers.py, by arXiv id.
@@ -23,15 +23,20 @@ _STRENGTHS = ("coefficient", "rate")  # the field of a mechanism that is 0 where
 
 
 def of_docstring(path: Path) -> list[str]:
-    """Returns the arXiv ids that a module's docstring names, in order."""
+    """Returns the arXiv ids that a module's docstring names, in order; where it names none, its classes'."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return list(dict.fromkeys(_ID.findall(ast.get_docstring(tree) or "")))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    own, theirs = (
+        list(dict.fromkeys(_ID.findall("\n".join(ast.get_docstring(node) or "" for node in nodes))))
+        for nodes in ([tree], classes)
+    )
+    return own or theirs
 
 
 def methods(config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the arXiv ids of a card's config by method: router, mechanisms, low precision, upcycling, tasks.
+    """Returns the arXiv ids of a card's config by method: router, mechanisms, low precision, upcycling, data, tasks.
 
-    A method whose file names no paper has an empty list; a task without one is left out.
+    A method whose file names no paper has an empty list; a task, dirt or filter without one is left out.
     """
     experts, found = config.get("moe") or {}, {}
     if experts.get("slots_per_expert"):
@@ -47,10 +52,20 @@ def methods(config: Mapping[str, Any]) -> dict[str, list[str]]:
     found |= _low_precision(config.get("quantization") or {})
     if (config.get("upcycle") or {}).get("run"):
         found["upcycling"] = of_docstring(_PACKAGE / "upcycle.py")
-    for task in (config.get("evaluation") or {}).get("tasks") or ():
-        path = _PACKAGE / "tasks" / f"{task}.py"
+    if experts.get("num_experts") and experts.get("num_shared_experts"):
+        found["shared experts"] = ["2401.06066"]
+    data = config.get("data") or {}
+    files = [
+        ("task", "tasks", name) for name in (config.get("evaluation") or {}).get("tasks") or ()
+    ]
+    files += [("dirt", "data/quality/inject", spec.split()[0]) for spec in data.get("inject") or ()]
+    files += [
+        ("filter", "data/quality/filters", spec.split()[0]) for spec in data.get("filter") or ()
+    ]
+    for what, folder, name in files:
+        path = _PACKAGE / folder / f"{name}.py"
         if path.is_file() and (named := of_docstring(path)):
-            found[f"task {task}"] = named
+            found[f"{what} {name}"] = named
     return found
 
 
@@ -90,7 +105,8 @@ def _entry(paper: str, users: list[str]) -> str:
     lines = [f"% {', '.join(users)}", f"@misc{{arXiv:{paper},"]
     if paper in PAPERS:
         authors, title = PAPERS[paper]
-        lines += [f"  author = {{{authors}}},", f"  title = {{{{{title}}}}},"]
+        escaped = title.replace("&", r"\&")
+        lines += [f"  author = {{{authors}}},", f"  title = {{{{{escaped}}}}},"]
     else:
         lines.append("  note = {title and authors not verified},")
     lines += [

@@ -16,6 +16,14 @@ PAPERS = {
         "Shazeer, Noam and Mirhoseini, Azalia and Maziarz, Krzysztof and others",
         "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer",
     ),
+    "1910.10683": (
+        "Raffel, Colin and Shazeer, Noam and Roberts, Adam and others",
+        "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+    ),
+    "1911.00359": (
+        "Wenzek, Guillaume and Lachaux, Marie-Anne and Conneau, Alexis and others",
+        "CCNet: Extracting High Quality Monolingual Datasets from Web Crawl Data",
+    ),
     "1912.00582": (
         "Warstadt, Alex and Parrish, Alicia and Liu, Haokun and others",
         "BLiMP: The Benchmark of Linguistic Minimal Pairs for English",
@@ -40,6 +48,14 @@ PAPERS = {
         "Riquelme, Carlos and Puigcerver, Joan and Mustafa, Basil and others",
         "Scaling Vision with Sparse Mixture of Experts",
     ),
+    "2107.06499": (
+        "Lee, Katherine and Ippolito, Daphne and Nystrom, Andrew and others",
+        "Deduplicating Training Data Makes Language Models Better",
+    ),
+    "2112.11446": (
+        "Rae, Jack W. and Borgeaud, Sebastian and Cai, Trevor and others",
+        "Scaling Language Models: Methods, Analysis & Insights from Training Gopher",
+    ),
     "2202.01169": (
         "Clark, Aidan and de las Casas, Diego and Guy, Aurelia and others",
         "Unified Scaling Laws for Routed Language Models",
@@ -55,6 +71,10 @@ PAPERS = {
     "2204.09179": (
         "Chi, Zewen and Dong, Li and Huang, Shaohan and others",
         "On the Representation Collapse of Sparse Mixture of Experts",
+    ),
+    "2205.10487": (
+        "Hernandez, Danny and Brown, Tom and Conerly, Tom and others",
+        "Scaling Laws and Interpretability of Learning from Repeated Data",
     ),
     "2209.11895": (
         "Olsson, Catherine and Elhage, Nelson and Nanda, Neel and others",
@@ -76,6 +96,10 @@ PAPERS = {
         "Chen, Zitian and Shen, Yikang and Ding, Mingyu and others",
         "Mod-Squad: Designing Mixture of Experts As Modular Multi-Task Learners",
     ),
+    "2302.03169": (
+        "Xie, Sang Michael and Santurkar, Shibani and Ma, Tengyu and Liang, Percy",
+        "Data Selection for Language Models via Importance Resampling",
+    ),
     "2306.00978": (
         "Lin, Ji and Tang, Jiaming and Tang, Haotian and others",
         "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
@@ -92,6 +116,10 @@ PAPERS = {
         "Jiang, Albert Q. and Sablayrolles, Alexandre and Roux, Antoine and others",
         "Mixtral of Experts",
     ),
+    "2401.06066": (
+        "Dai, Damai and Deng, Chengqi and Zhao, Chenggang and others",
+        "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models",
+    ),
     "2403.07652": (
         "Huang, Quzhe and An, Zhenwei and Zhuang, Nan and others",
         "Harder Tasks Need More Experts: Dynamic Routing in MoE Models",
@@ -99,6 +127,18 @@ PAPERS = {
     "2405.04434": (
         "{DeepSeek-AI}",
         "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model",
+    ),
+    "2405.20541": (
+        "Ankner, Zachary and Blakeney, Cody and Sreenivasan, Kartik and others",
+        "Perplexed by Perplexity: Perplexity-Based Data Pruning With Small Reference Models",
+    ),
+    "2406.11794": (
+        "Li, Jeffrey and Fang, Alex and Smyrnis, Georgios and others",
+        "DataComp-LM: In search of the next generation of training sets for language models",
+    ),
+    "2406.17557": (
+        "Penedo, Guilherme and Kydlíček, Hynek and Ben Allal, Loubna and others",
+        "The FineWeb Datasets: Decanting the Web for the Finest Text Data at Scale",
     ),
     "2408.15664": (
         "Wang, Lean and Gao, Huazuo and Zhao, Chenggang and others",
@@ -157,5 +197,9 @@ PAPERS = {
     "2601.20088": (
         "Xin, Meng and Priyadarshi, Sweta and Xin, Jingyu and others",
         "Quantization-Aware Distillation for NVFP4 Inference Accuracy Recovery",
+    ),
+    "2605.19407": (
+        "Mohri, Christopher and Duchi, John and Hashimoto, Tatsunori",
+        "A Bitter Lesson for Data Filtering",
     ),
 }
