@@ -60,8 +60,7 @@ class TestCommitted:
     """What is in experiments/baselines."""
 
     def test_the_leaderboard_is_not_stale(self):
-        written = (FOLDER / baselines.README).read_text(encoding="utf-8")
-        assert written == leaderboard.render(FOLDER), "run: moelab baselines render"
+        assert leaderboard.stale(FOLDER) == [], "run: moelab baselines render"
 
     @pytest.mark.parametrize("name", baselines.names(FOLDER))
     def test_every_card_verifies(self, name):
@@ -219,6 +218,29 @@ def test_the_leaderboard_says_which_schema_is_outdated(two_arms):
         now = f'"config_schema":{schema.SCHEMA}'
         path.write_text(path.read_text().replace(now, '"config_schema":1'))
     assert "- Of schema 1 of configs; this moelab has" in leaderboard.render(two_arms)
+
+
+def test_a_table_may_have_a_picture_that_goes_stale_with_its_cards(tmp_path, folder):
+    pytest.importorskip("matplotlib")
+    path = folder / baselines.FAMILIES
+    families = json.loads(path.read_text())
+    families["a"]["tables"] = [{"reference": "plain", "picture": "a.png"}]
+    path.write_text(json.dumps(families))
+    runs = [make(tmp_path, name, s, k) for name, k in (("plain", 2), ("wide", 3)) for s in range(2)]
+    for run in runs:
+        card = json.loads((run / cards.NAME).read_text())
+        card["training"]["flops_per_token"] *= 1 + ("wide" in run.name)
+        cards.write(card | {"card_sha256": ""}, run)
+    baselines.add(load_all(runs)[0], "a", folder)
+    assert leaderboard.stale(folder) == [folder / "README.md", folder / "a.png"]
+    assert leaderboard.write(folder) == [folder / "README.md", folder / "a.png"]
+    assert leaderboard.stale(folder) == [] and "](a.png)" in (folder / "README.md").read_text()
+    third = make(tmp_path, "plain", 2)
+    baselines.add(load_all([third])[0], "a", folder)
+    assert folder / "a.png" in leaderboard.stale(folder)
+    families["a"]["tables"][0]["arms"] = ["plain"]  # one arm: nothing to draw
+    path.write_text(json.dumps(families))
+    assert leaderboard.pictures(folder) == {} and "a.png" not in leaderboard.render(folder)
 
 
 class TestJudgement:

@@ -29,7 +29,7 @@ def _folder(args: argparse.Namespace) -> Path:
 
 def add(args: argparse.Namespace) -> int:
     """Writes cards, and the leaderboard."""
-    from moelab.report import baselines, load_all
+    from moelab.report import baselines, leaderboard, load_all
 
     folder = _folder(args)
     if not args.family:
@@ -39,7 +39,7 @@ def add(args: argparse.Namespace) -> int:
     runs, notes = load_all(args.runs)
     for line in notes:
         output.note(line)
-    written = [*baselines.add(runs, args.family, folder), _write(folder)]
+    written = [*baselines.add(runs, args.family, folder), *leaderboard.write(folder)]
     if args.json:
         output.print_json({"written": written})
     else:
@@ -47,29 +47,22 @@ def add(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(folder: Path) -> Path:
-    from moelab.report import baselines, leaderboard
-
-    path = folder / baselines.README
-    path.write_text(leaderboard.render(folder), encoding="utf-8")
-    return path
-
-
 def render(args: argparse.Namespace) -> int:
-    """Writes the leaderboard; with --check compares it, exit code 1 where it is stale."""
+    """Writes the leaderboard and its pictures; with --check compares them, exit code 1 where one is stale."""
     from moelab.report import baselines, leaderboard
 
     folder = _folder(args)
-    path = folder / baselines.README
     if not args.check:
-        print(_write(folder))
+        print(*leaderboard.write(folder), sep="\n")
         return 0
-    stale = not path.is_file() or path.read_text(encoding="utf-8") != leaderboard.render(folder)
+    stale = leaderboard.stale(folder)
     if args.json:
-        output.print_json({"leaderboard": path, "stale": stale})
+        output.print_json({"stale": stale})
+    elif stale:
+        print(*(f"{path}: stale; moelab baselines render" for path in stale), sep="\n")
     else:
-        print(f"{path}: {'stale; moelab baselines render' if stale else 'up to date'}")
-    return int(stale)
+        print(f"{folder / baselines.README}: up to date")
+    return int(bool(stale))
 
 
 def listing(args: argparse.Namespace) -> int:

@@ -40,7 +40,8 @@ class Family:
       title, text: what is asked, and what to know before reading.
       config: the experiment file whose sweeps make it.
       commands: that make it, one after the other.
-      tables: {"precision": ..., "reference": ..., "arms": [names]} each; no arms: all of them.
+      tables: {"precision": ..., "reference": ..., "arms": [names], "picture": FILE.png} each; no arms: all of them;
+        the picture is validation against training FLOPs.
       different_tokens: whether arms may train on different numbers of tokens.
     """
 

@@ -11,6 +11,7 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ _THEME = {INK: "var(--ink)", RULE: "var(--rule)"}
 # Okabe and Ito's palette: told apart by colour-blind readers, on white and on black.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8f00")
 _WIDTH = 6.2  # inches; 72 SVG units each
+_MADE_FROM = "Description"  # a PNG's text field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,3 +185,24 @@ def to_svg(figure: Any, name: str) -> str:
     for stand_in, variable in _THEME.items():
         text = text.replace(stand_in, variable)
     return text.replace("<svg", f'<svg role="img" aria-label="{name} plot"', 1)
+
+
+def to_png(figure: Any, path: Path, made_from: str) -> None:
+    """Writes a PNG on white, with what it was made from as its description."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with mpl.rc_context(_STYLE):
+        FigureCanvasAgg(figure).print_figure(
+            path, dpi=150, facecolor="white", metadata={_MADE_FROM: made_from, "Software": None}
+        )
+
+
+def png_made_from(path: Path) -> str:
+    """Returns what a PNG of `to_png` says that it was made from; empty where there is none."""
+    from PIL import Image  # comes with matplotlib
+
+    if not path.is_file():
+        return ""
+    with Image.open(path) as picture:
+        return str(picture.info.get(_MADE_FROM, ""))

@@ -5,8 +5,11 @@ S seeds, X budgets.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +19,10 @@ from moelab.report.arms import Arm, Comparison
 from moelab.report.documents import ALL
 from moelab.report.runs import Run
 
+CAPTION = (
+    "As trained, on the validation split; mean over seeds, band from the lowest to the highest. Where a schedule "
+    "decays at its end, earlier points are of an undecayed learning rate."
+)
 _BUDGETS = 5  # at which two curves are compared, evenly spaced in log FLOPs over what both have
 
 
@@ -89,12 +96,37 @@ def notes(comparison: Comparison) -> list[str]:
     return told
 
 
+def drawable(comparison: Comparison) -> bool:
+    """Says whether there is anything to draw: two arms of different compute that looked more than once."""
+    return len(_shown(comparison)) > 1
+
+
 def figure(comparison: Comparison) -> canvas.Figure | None:
     """Draws validation against training FLOPs: mean over seeds, band from the lowest to the highest."""
-    shown = [(arm, *_mean_curve(arm)) for arm in comparison.arms] if _asked(comparison) else []
-    shown = [found for found in shown if found[1].size > 1]
-    if len(shown) < 2:
+    if not drawable(comparison):
         return None
+    with _drawn(comparison) as drawing:
+        return canvas.Figure(
+            "Validation against compute",
+            f"{CAPTION} {' '.join(notes(comparison))}",
+            canvas.to_svg(drawing, "compute"),
+        )
+
+
+def write_png(comparison: Comparison, path: Path, made_from: str) -> None:
+    """Writes that figure of a `drawable` comparison as a picture."""
+    with _drawn(comparison) as drawing:
+        canvas.to_png(drawing, path, made_from)
+
+
+def _shown(comparison: Comparison) -> list[tuple[Arm, np.ndarray, np.ndarray]]:
+    curves = [(arm, *_mean_curve(arm)) for arm in comparison.arms] if _asked(comparison) else []
+    return [found for found in curves if found[1].size > 1]
+
+
+@contextlib.contextmanager
+def _drawn(comparison: Comparison) -> Iterator[Any]:
+    shown = _shown(comparison)
     with canvas.single(3.8) as (drawing, axes):
         for i, (arm, flops_X, bits_SX) in enumerate(shown):
             color = canvas.PALETTE[i % len(canvas.PALETTE)]
@@ -107,13 +139,7 @@ def figure(comparison: Comparison) -> canvas.Figure | None:
         canvas.positive_axis(axes, every, "{:.3g}".format)
         axes.legend(frameon=False, loc="upper right", ncols=2 if len(shown) > 4 else 1)
         canvas.label_axes(axes, "training FLOPs", "bits per byte, validation")
-        return canvas.Figure(
-            "Validation against compute",
-            "As trained, on the validation split; mean over seeds, band from the lowest to the highest. Where a "
-            "schedule decays at its end, earlier points are of an undecayed learning rate. "
-            + " ".join(notes(comparison)),
-            canvas.to_svg(drawing, "compute"),
-        )
+        yield drawing
 
 
 def _mean_curve(arm: Arm) -> tuple[np.ndarray, np.ndarray]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from moelab import schema
-from moelab.report import arms, arms_tables, baselines, crossing, tables
+from moelab.report import arms, arms_tables, baselines, canvas, crossing, tables
 from moelab.report.baselines import Family
 from moelab.report.runs import Run
 
@@ -34,13 +36,80 @@ def render(folder: Path | str = baselines.FOLDER) -> str:
     folder = Path(folder)
     parts = [HEAD]
     for found in baselines.families(folder).values():
-        runs = [
-            r
-            for p in sorted((folder / baselines.CARDS / found.name).glob("*.json"))
-            for r in baselines.load(p)
-        ]
-        parts.append(_family(found, runs))
+        parts.append(_family(found, _runs(found, folder)))
     return "\n".join(parts)
+
+
+def pictures(folder: Path | str = baselines.FOLDER) -> dict[Path, tuple[arms.Comparison, str]]:
+    """Returns what the pictures of the leaderboard show and are made from: a digest of the table and its cards.
+
+    Without the extra `report` there is none.
+
+    Raises:
+      ReportError: as `render`.
+    """
+    folder, found = Path(folder), {}
+    if not canvas.available():
+        return found
+    for family in baselines.families(folder).values():
+        grouped = arms.group(_runs(family, folder))
+        for wanted in family.tables:
+            compared = _compared(family, wanted, grouped) if "picture" in wanted else None
+            if compared is not None and crossing.drawable(compared):
+                runs = [run for arm in compared.arms for run in arm.runs.values()]
+                made_from = [json.dumps(wanted), *(run.card["card_sha256"] for run in runs)]
+                digest = hashlib.sha256("\n".join(made_from).encode()).hexdigest()
+                found[folder / wanted["picture"]] = compared, digest
+    return found
+
+
+def write(folder: Path | str = baselines.FOLDER) -> list[Path]:
+    """Writes the leaderboard and its pictures.
+
+    Raises:
+      ReportError: as `render`.
+    """
+    readme = Path(folder) / baselines.README
+    readme.write_text(render(folder), encoding="utf-8")
+    drawn = pictures(folder)
+    for path, (compared, digest) in drawn.items():
+        crossing.write_png(compared, path, digest)
+    return [readme, *drawn]
+
+
+def stale(folder: Path | str = baselines.FOLDER) -> list[Path]:
+    """Lists the files that `write` would change.
+
+    Raises:
+      ReportError: as `render`.
+    """
+    readme = Path(folder) / baselines.README
+    same = readme.is_file() and readme.read_text(encoding="utf-8") == render(folder)
+    old = [
+        path
+        for path, (_, digest) in pictures(folder).items()
+        if canvas.png_made_from(path) != digest
+    ]
+    return [*([] if same else [readme]), *old]
+
+
+def _runs(family: Family, folder: Path) -> list[Run]:
+    paths = sorted((folder / baselines.CARDS / family.name).glob("*.json"))
+    return [run for path in paths for run in baselines.load(path)]
+
+
+def _compared(found: Family, wanted, grouped: list[arms.Arm]) -> arms.Comparison | None:
+    """The comparison of a table; None where none of its arms has run."""
+    chosen = [a for a in grouped if a.name in wanted["arms"]] if "arms" in wanted else grouped
+    if not chosen:
+        return None
+    reference = wanted.get("reference", "")
+    return arms.compare(
+        chosen,
+        reference if reference in {arm.name for arm in chosen} else "",
+        wanted.get("precision", "float32"),
+        different_tokens=found.different_tokens,
+    )
 
 
 def _family(found: Family, runs: list[Run]) -> str:
@@ -50,23 +119,14 @@ def _family(found: Family, runs: list[Run]) -> str:
         return "\n".join([*parts, "No run yet.\n"])
     grouped = arms.group(runs)
     for wanted in found.tables:
-        chosen = [a for a in grouped if a.name in wanted["arms"]] if "arms" in wanted else grouped
-        parts.append(_table(found, wanted, chosen))
+        parts.append(_table(wanted, _compared(found, wanted, grouped)))
     return "\n".join(parts)
 
 
-def _table(found: Family, wanted, chosen: list[arms.Arm]) -> str:
-    if not chosen:
+def _table(wanted, compared: arms.Comparison | None) -> str:
+    if compared is None:
         return f"{wanted.get('title', 'This table')}: no run yet.\n"
-    there = {arm.name for arm in chosen}
-    reference = wanted.get("reference", "")
-    missing = sorted(set(wanted.get("arms", ())) - there)
-    compared = arms.compare(
-        chosen,
-        reference if reference in there else "",
-        wanted.get("precision", "float32"),
-        different_tokens=found.different_tokens,
-    )
+    missing = sorted(set(wanted.get("arms", ())) - {arm.name for arm in compared.arms})
     main = arms_tables.main_table(compared)
     parts = [f"{main.title}.\n", tables.to_markdown(main)]
     told = [*arms_tables.notes(compared), *crossing.notes(compared)]
@@ -80,6 +140,10 @@ def _table(found: Family, wanted, chosen: list[arms.Arm]) -> str:
     if missing:
         parts.append(f"- Not run yet: {', '.join(missing)}.")
     parts += ["", arms_tables.limits(compared) + "\n"]
+    if "picture" in wanted and crossing.drawable(compared):
+        parts.append(
+            f"![Validation against training FLOPs]({wanted['picture']})\n\n{crossing.CAPTION}\n"
+        )
     points = arms_tables.points_table(compared)
     parts += [
         "<details><summary>Every point</summary>\n",
