@@ -208,7 +208,21 @@ class TestCards:
 def test_the_leaderboard_says_what_it_stands_on(two_arms):
     text = leaderboard.render(two_arms)
     assert "Known limits:" in text and "Every point" in text and "No run yet." in text
+    assert text.count("Differences are paired by seed") == 1
     assert "Not run yet: late." in text and "Bits per byte in nvfp4_wa" in text
+
+
+def test_passes_are_of_the_pool_where_there_is_one(tmp_path, folder):
+    runs = [make(tmp_path, "plain", s) for s in range(2)]
+    baselines.add(load_all(runs)[0], "a", folder)
+    assert "Less than an epoch: repetition cannot show" in leaderboard.render(folder)
+    for run in runs:
+        card = json.loads((run / cards.NAME).read_text())
+        card["data"]["mixture"] = {"unique_tokens": 9, "epochs": 4.25}
+        cards.write(card, run)
+    baselines.add(load_all(runs)[0], "a", folder)
+    text = leaderboard.render(folder)
+    assert "(4.2 epochs)" in text and "Less than an epoch" not in text
 
 
 def test_the_leaderboard_says_which_schema_is_outdated(two_arms):

@@ -13,6 +13,12 @@ from moelab.report.arms import Arm, Comparison, Difference
 from moelab.report.arms_rows import max_violation
 from moelab.report.tables import Cell, Table
 
+PAIRED = (
+    "Differences are paired by seed: same initialisation and order of the data. Intervals are Student's t over seeds; "
+    "p of the t test is corrected by Holm for the arms of the table; the sign-flip test is exact and assumes no "
+    "distribution."
+)
+
 
 def main_table(comparison: Comparison) -> Table:
     """Builds the table of arms: quality, difference to the reference with its tests, balance and cost."""
@@ -118,11 +124,7 @@ def points_table(comparison: Comparison) -> Table:
 def notes(comparison: Comparison) -> list[str]:
     """Says how the table's numbers were made and what so many seeds can show."""
     found = [d for d in comparison.differences.values() if d.n > 1]
-    told = [
-        "Differences are paired by seed: same initialisation and order of the data. Intervals are Student's t over "
-        "seeds; p of the t test is corrected by Holm for the arms of the table; the sign-flip test is exact and "
-        "assumes no distribution."
-    ]
+    told = [PAIRED]
     if any(d.n == 1 for d in comparison.differences.values()):
         told.append(
             "One pair of runs says nothing about the spread between seeds: its interval is over documents alone."
@@ -191,6 +193,9 @@ def limits(comparison: Comparison) -> str:
 
 
 def _epochs(card: dict) -> float | None:
+    passes = fmt.number((card["data"].get("mixture") or {}).get("epochs"))
+    if passes:  # of a part of the text, or of its domains at other weights
+        return passes
     have = fmt.number((card["data"].get("tokens") or {}).get("train"))
     used = fmt.number(card["training"].get("tokens"))
     return used / have if have and used else None

@@ -11,11 +11,13 @@ from moelab.report import arms, arms_tables, baselines, canvas, crossing, tables
 from moelab.report.baselines import Family
 from moelab.report.runs import Run
 
-HEAD = """\
+HEAD = f"""\
 # Baselines
 
 Generated from `cards/` by `moelab baselines render`; a test fails when it is stale. A card is a run's whole result card
 with its learning curve, no weights. Numbers are bits per byte on the fixed test split, lower is better.
+
+{arms_tables.PAIRED}
 
     moelab verify experiments/baselines/cards/FAMILY/ARM.json   # digests, config hashes, sums of committed cards
     moelab verify --rerun FAMILY/ARM                            # run it again: must land within the measured drift
@@ -130,6 +132,7 @@ def _table(wanted, compared: arms.Comparison | None) -> str:
     main = arms_tables.main_table(compared)
     parts = [f"{main.title}.\n", tables.to_markdown(main)]
     told = [*arms_tables.notes(compared), *crossing.notes(compared)]
+    told.remove(arms_tables.PAIRED)  # in the head
     parts += [f"- {note}" for note in told]
     ran = compared.reference.first.config_schema
     if ran != schema.SCHEMA:
