@@ -57,31 +57,29 @@ for name in names:
 # ## Two arms
 #
 # Arms share seeds: the same initialisation and the same order of the data, so differences are taken seed by seed. All
-# points are shown; three of them say little, and the smallest detectable effect says how little.
+# points are shown; five of them say little, and the smallest detectable effect says how little.
 
 # %%
-family = names[0].partition("/")[0]
-chosen = [name for name in names if name.startswith(f"{family}/")][:2]
-if len(chosen) == 2:
-    by_seed = [
-        {
-            r.card["seeds"]["seed"]: r.card["evaluation"]["rows"][0]["bits_per_byte"]["all"]
-            for r in arms[n]
-        }
-        for n in chosen
-    ]
-    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
-    a, b = ([side[s] for s in seeds] for side in by_seed)
-    t, flips = statistics.paired_t(a, b), paired.sign_flip(a, b)
-    print(f"{chosen[1]} minus {chosen[0]}: {t.mean:+.4f} [{t.low:+.4f}, {t.high:+.4f}], n={t.n}")
-    print("exact sign flips", flips)
-    sd = float(np.std(np.subtract(b, a), ddof=1))
-    print(f"detectable with power 0.8: {paired.detectable(sd, len(seeds)):.4f}")
-    figure, axes = plt.subplots(figsize=(5, 3))
-    axes.plot([0, 1], [a, b], "o-", alpha=0.6)
-    axes.set_xticks([0, 1], chosen)
-    axes.set(ylabel="bits per byte", title="one line per seed")
-    figure.tight_layout()
+chosen = ("routing/top_k", "routing/sigmoid_bias")
+by_seed = [
+    {
+        r.card["seeds"]["seed"]: r.card["evaluation"]["rows"][0]["bits_per_byte"]["all"]
+        for r in arms[name]
+    }
+    for name in chosen
+]
+seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+a, b = ([side[s] for s in seeds] for side in by_seed)
+t, flips = statistics.paired_t(a, b), paired.sign_flip(a, b)
+print(f"{chosen[1]} minus {chosen[0]}: {t.mean:+.4f} [{t.low:+.4f}, {t.high:+.4f}], n={t.n}")
+print("exact sign flips", flips)
+sd = float(np.std(np.subtract(b, a), ddof=1))
+print(f"detectable with power 0.8: {paired.detectable(sd, len(seeds)):.4f}")
+figure, axes = plt.subplots(figsize=(5, 3))
+axes.plot([0, 1], [a, b], "o-", alpha=0.6)
+axes.set_xticks([0, 1], chosen)
+axes.set(ylabel="bits per byte", title="one line per seed")
+figure.tight_layout()
 
 # %% [markdown]
 # **Exercise.** How many seeds would an effect of 0.01 bits per byte want, given this noise? (`paired.detectable`)

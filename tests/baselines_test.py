@@ -327,5 +327,5 @@ class TestJudgement:
 
 def test_the_experiments_name_their_families():
     names = {name for name, _ in config_file.files()}
-    for family in baselines.families(FOLDER):
-        assert f"families/{family.removesuffix('_tuning')}" in names
+    for family in baselines.families(FOLDER).values():
+        assert str(Path(family.config).relative_to("experiments").with_suffix("")) in names

@@ -1,6 +1,8 @@
 r"""Data quality x size x precision: does a smaller, well-fed MoE beat a larger, badly fed one, both in four bits.
 
     moelab run --config=experiments/families/data_quality.py --workdir=runs/families_data_quality
+    moelab sweep --config=families/data_quality --sweep=learning_rates_large --seeds=100-101 --jobs=2
+    moelab report runs/data_quality-learning_rates_large-seeds --split=validation
     moelab sweep --config=families/data_quality --sweep=sizes,texts,recipes --seeds=0-4 --jobs=2
     moelab sweep --config=families/data_quality --sweep=equal_flops,texts,recipes_long --seeds=0-4 --jobs=2
     moelab baselines add runs/data_quality-sizes-texts-recipes-seeds --family=data_quality
@@ -11,12 +13,13 @@ once more as HTML, and a tenth of the text copied 16 times; `filtered` is what M
 a unigram's leave of it (half). Evaluation is always on clean text, the tokenizer of clean text. `sizes` is at equal
 tokens; `equal_flops` trains the small model for as many FLOPs as the large one. The pool is 0.4 M tokens, 0.2 M after
 the filters, so that 400 steps are two passes, or four, and filtering costs what it costs where text is scarce:
-repetition. The learning rate is the one tuned for routing.py. `bf16` is trained in float32, in half the time that
-bfloat16 takes on these processors. Before a sentence about data quality against size the long tier is wanted, 20 M
-tokens of the whole texts, three seeds, overnight:
+repetition. The learning rate of the small model is the one tuned for routing.py; the large one has a grid of its own.
+`bf16` is trained in float32, in half the time that bfloat16 takes on these processors.
 
-    moelab sweep --config=families/data_quality --sweep=sizes,texts_tier,recipes_tier --seeds=0-2 --jobs=2 \
-        --config.train.num_steps=10000 --config.checkpoint.every=1000 --workdir=runs/data_quality-tier
+Before a sentence about data quality against size the long tier is wanted, 20 M tokens of the whole texts, three seeds.
+All eighteen arms would be some 40 hours on one core; the two of the question are 6:
+
+    moelab sweep --config=families/data_quality --sweep=tier --seeds=0-2 --jobs=2
 
 Lab book
   machine    not measured
@@ -65,21 +68,10 @@ def sweep_equal_flops():
 
 def sweep_texts():
     """What they are trained on: a pool of text, and what the filters leave of one as large."""
-    yield from _texts(POOL, POOL // 2)
-
-
-def sweep_texts_tier():
-    """The whole of each text."""
-    yield from _texts(0, 0)
-
-
-def _texts(pool, filtered_pool):
-    clean = {"data.inject": (), "data.filter": (), "mixture.unique_tokens": pool}
-    dirty = clean | {"data.inject": DIRT}
-    filtered = dirty | {"data.filter": FILTERS, "mixture.unique_tokens": filtered_pool}
-    yield {"name": "clean", **clean}
-    yield {"name": "dirty", **dirty}
-    yield {"name": "filtered", **filtered}
+    half = {"mixture.unique_tokens": POOL // 2}
+    yield {"name": "clean", "data.inject": (), "data.filter": ()}
+    yield {"name": "dirty", "data.inject": DIRT, "data.filter": ()}
+    yield {"name": "filtered", "data.inject": DIRT, "data.filter": FILTERS, **half}
 
 
 def sweep_recipes():
@@ -94,7 +86,22 @@ def sweep_recipes_long():
     yield {"name": "nvfp4_qat", "quantization.recipe": "nvfp4_qat", "quantization.start_step": 600}
 
 
-def sweep_recipes_tier():
-    """The same shares of the long tier."""
-    yield {"name": "bf16", "quantization.recipe": "none"}
-    yield {"name": "nvfp4_qat", "quantization.recipe": "nvfp4_qat", "quantization.start_step": 6250}
+def sweep_tier():
+    """The question at 20 M tokens, the recipe's share of the steps as above."""
+    tier = {
+        "train.num_steps": 10_000,
+        "checkpoint.every": 1000,
+        "evaluation.every": 1000,
+        "mixture.unique_tokens": 0,
+        "data.inject": DIRT,
+        "quantization.recipe": "nvfp4_qat",
+        "quantization.start_step": 6250,
+    }
+    yield {"name": "large-dirty-nvfp4_qat", **tier, **LARGE}
+    yield {"name": "small-filtered-nvfp4_qat", **tier, "data.filter": FILTERS}
+
+
+def sweep_learning_rates_large():
+    """The published grid without its ends, on the large model and clean text."""
+    for rate in (2.5e-3, 5e-3, 1e-2):
+        yield {"optimizer.learning_rate": rate, **LARGE, "name": f"large,learning_rate={rate}"}
