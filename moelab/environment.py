@@ -100,6 +100,7 @@ def describe() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "jax": {name.removeprefix("jax_"): getattr(jax.config, name) for name in _JAX_OPTIONS},
     }
 

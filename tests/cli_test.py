@@ -100,13 +100,21 @@ class TestHelp:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="glibc's huge pages")
     @pytest.mark.parametrize(
-        "words, tuned, started", [("run", None, 1), ("config list", None, 0), ("run", "x", 0)]
+        "words, tuned, started",
+        [
+            ("run", None, 1),
+            ("verify", None, 1),
+            ("config list", None, 0),
+            ("run", "x", 0),
+            ("run", "", 0),
+        ],
     )
     def test_what_trains_starts_again_with_huge_pages_once(
         self, monkeypatch, words, tuned, started
     ):
         replaced = []
         monkeypatch.setenv("GLIBC_TUNABLES", tuned or "")
+        monkeypatch.setattr(sys, "gettrace", lambda: None)
         if tuned is None:
             monkeypatch.delenv("GLIBC_TUNABLES")
         monkeypatch.setattr(sys, "argv", ["moelab", *words.split()])

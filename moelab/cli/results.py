@@ -68,7 +68,7 @@ def _print_arms(compared) -> None:
 
     tables.print_table(arms_tables.main_table(compared))
     tables.print_table(arms_tables.points_table(compared))
-    for note in (*arms_tables.notes(compared), arms_tables.limits(compared)):
+    for note in (arms_tables.PAIRED, *arms_tables.notes(compared), arms_tables.limits(compared)):
         output.note(note)
 
 

@@ -30,7 +30,7 @@ def sweep(args: argparse.Namespace) -> int:
     for line in duplicates:
         output.note(line)
     names = [*args.sweep, *(["seeds"] if args.seeds else [])]
-    path = Path(args.workdir or _default_workdir(args.config or points[0].source, names))
+    path = Path(args.workdir or _default_workdir(args.config, names))
     directory = sweeps.Directory(path, points, args.command, args.config, names)
     costs = _costs(directory, points)
     if args.list:

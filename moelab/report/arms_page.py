@@ -53,7 +53,7 @@ def render(
 
 
 def _told(comparison: Comparison, fitted: Fitted | None) -> list[str]:
-    told = [*arms_tables.notes(comparison), *crossing.notes(comparison)]
+    told = [arms_tables.PAIRED, *arms_tables.notes(comparison), *crossing.notes(comparison)]
     return told + ([fitted.sentence] if fitted else [])
 
 

@@ -122,9 +122,9 @@ def points_table(comparison: Comparison) -> Table:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Says how the table's numbers were made and what so many seeds can show."""
+    """Says what so many seeds can show; what holds of every such table is in PAIRED."""
     found = [d for d in comparison.differences.values() if d.n > 1]
-    told = [PAIRED]
+    told = []
     if any(d.n == 1 for d in comparison.differences.values()):
         told.append(
             "One pair of runs says nothing about the spread between seeds: its interval is over documents alone."

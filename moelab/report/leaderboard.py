@@ -9,7 +9,7 @@ from pathlib import Path
 from moelab import schema
 from moelab.report import arms, arms_tables, baselines, canvas, crossing, tables
 from moelab.report.baselines import Family
-from moelab.report.runs import Run
+from moelab.report.runs import ReportError, Run
 
 HEAD = f"""\
 # Baselines
@@ -28,6 +28,8 @@ methods' papers; [CITATION.cff](../../CITATION.cff) the toolkit). The tables of 
 in [experiments/README.md](../README.md).
 """
 
+_DRAWING = "1"  # another where a picture would look otherwise
+
 
 def render(folder: Path | str = baselines.FOLDER) -> str:
     """Writes the leaderboard of every family.
@@ -45,21 +47,25 @@ def render(folder: Path | str = baselines.FOLDER) -> str:
 def pictures(folder: Path | str = baselines.FOLDER) -> dict[Path, tuple[arms.Comparison, str]]:
     """Returns what the pictures of the leaderboard show and are made from: a digest of the table and its cards.
 
-    Without the extra `report` there is none.
-
     Raises:
-      ReportError: as `render`.
+      ReportError: as `render`, or there is something to draw and no matplotlib (extra `report`).
     """
     folder, found = Path(folder), {}
-    if not canvas.available():
-        return found
     for family in baselines.families(folder).values():
         grouped = arms.group(_runs(family, folder))
         for wanted in family.tables:
             compared = _compared(family, wanted, grouped) if "picture" in wanted else None
             if compared is not None and crossing.drawable(compared):
+                if not canvas.available():
+                    raise ReportError(
+                        f"{wanted['picture']}: drawing wants the extra `report`: pip install 'moelab[report]'"
+                    )
                 runs = [run for arm in compared.arms for run in arm.runs.values()]
-                made_from = [json.dumps(wanted), *(run.card["card_sha256"] for run in runs)]
+                made_from = [
+                    _DRAWING,
+                    json.dumps(wanted),
+                    *(run.card["card_sha256"] for run in runs),
+                ]
                 digest = hashlib.sha256("\n".join(made_from).encode()).hexdigest()
                 found[folder / wanted["picture"]] = compared, digest
     return found
@@ -71,9 +77,8 @@ def write(folder: Path | str = baselines.FOLDER) -> list[Path]:
     Raises:
       ReportError: as `render`.
     """
-    readme = Path(folder) / baselines.README
+    readme, drawn = Path(folder) / baselines.README, pictures(folder)
     readme.write_text(render(folder), encoding="utf-8")
-    drawn = pictures(folder)
     for path, (compared, digest) in drawn.items():
         crossing.write_png(compared, path, digest)
     return [readme, *drawn]
@@ -132,7 +137,6 @@ def _table(wanted, compared: arms.Comparison | None) -> str:
     main = arms_tables.main_table(compared)
     parts = [f"{main.title}.\n", tables.to_markdown(main)]
     told = [*arms_tables.notes(compared), *crossing.notes(compared)]
-    told.remove(arms_tables.PAIRED)  # in the head
     parts += [f"- {note}" for note in told]
     ran = compared.reference.first.config_schema
     if ran != schema.SCHEMA:
