@@ -40,7 +40,7 @@ arms = {name: baselines.load(baselines.find(name)) for name in names}
 # `moelab verify` recomputes what can be recomputed, `moelab verify --rerun` trains again.
 
 # %%
-run = next(iter(arms.values()))[0]
+run = arms["routing/top_k"][0]
 print(run.card["command"])
 for key in ("created", "config_sha256", "seeds", "parameters"):
     print(f"{key:14s}", run.card[key])
