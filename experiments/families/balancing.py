@@ -7,13 +7,14 @@
     moelab baselines add runs/balancing-mechanisms-seeds --family=balancing
 
 Without a sweep it is the reference: sigmoid scores, top-2, no balancing. A mechanism is its file in ../balance/, at 400
-steps instead of 150. `z_loss` is on top of the Switch loss. Learning rate as in routing.py.
+steps instead of 150. `z_loss` is on top of the Switch loss. The learning rate is of a grid on the reference.
 
 Lab book
-  machine    not measured
-  wall time  about 2 minutes a run on one core, from the 38 s that 150 steps took (2026-11-23)
-  result     not measured
-  date       not measured
+  machine    2 cores of an AMD EPYC (AVX-512), two runs at a time, jax 0.12.0.1
+  wall time  85 to 120 s a run, other work beside some of them; 48 runs in 39 minutes
+  result     see ../baselines/README.md: no mechanism costs or buys what eight seeds can show (detectable: 0.004 to 0.007
+             bits per byte) while MaxVio falls from 4.6 to between 0.2 and 1.8; the dense control is 0.03 worse
+  date       2026-11-30
 """
 
 import ml_collections
