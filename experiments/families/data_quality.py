@@ -5,8 +5,10 @@ r"""Data quality x size x precision: does a smaller, well-fed MoE beat a larger,
     moelab report runs/data_quality-learning_rates_large-seeds --split=validation
     moelab sweep --config=families/data_quality --sweep=sizes,texts,recipes --seeds=0-4 --jobs=2
     moelab sweep --config=families/data_quality --sweep=equal_flops,texts,recipes_long --seeds=0-4 --jobs=2
+    moelab sweep --config=families/data_quality --sweep=dense,texts,recipes --seeds=0-4 --jobs=2
     moelab baselines add runs/data_quality-sizes-texts-recipes-seeds --family=data_quality
     moelab baselines add runs/data_quality-equal_flops-texts-recipes_long-seeds --family=data_quality
+    moelab baselines add runs/data_quality-dense-texts-recipes-seeds --family=data_quality
 
 Without a sweep it is the small model on clean text. `dirty` has a fifth of the words replaced in half of the documents,
 chapters of the Bible once more as HTML, and a tenth of the text made of copies, 16 of each document; `filtered` is what
@@ -82,6 +84,17 @@ def sweep_sizes():
 def sweep_equal_flops():
     """The small model, for the large one's FLOPs."""
     yield {"name": "small_long", "train.num_steps": 960}
+
+
+def sweep_dense():
+    """The small model's dense control, of equal active parameters."""
+    yield {
+        "name": "small_dense",
+        "moe.num_experts": 1,
+        "moe.expert_width": 256,
+        "router.k": 1,
+        "balance.switch_loss.coefficient": 0.0,
+    }
 
 
 def sweep_texts():
