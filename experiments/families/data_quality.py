@@ -16,12 +16,13 @@ MinHash and a bigram's perplexity against a unigram's leave of it. The shares of
 in all three. Evaluation is always on clean text, the tokenizer of clean text. The filter learned from the validation
 split, so that curves on it flatter `filtered`; the tables are of the test split.
 
-`sizes` is at equal tokens; `equal_flops` trains the small model for as many FLOPs as the large one. Text is scarce: a
-pool of 0.8 M tokens, and as much of the filtered text as the filters leave of such a pool (FILTERED), so that filtering
-costs what it costs, repetition: 400 steps are 1.0 passes, or 2.3, and the 960 of `small_long` 2.5, or 5.6. Pool and
-dirt are one draw: seeds vary initialisation and order. The learning rate of the small model is the one tuned for
-routing.py; the large one has a grid of its own. Arms called float32 are trained so, since bfloat16 takes twice the time
-on these processors (0.39 s a step against 0.20 s, measured once), and run in bfloat16.
+`sizes` is at equal tokens; `equal_flops` trains the small model, for four bits, for as many FLOPs as the large one.
+Text is scarce: a pool of 0.8 M tokens, and as much of the filtered text as the filters leave of such a pool
+(FILTERED), so that filtering costs what it costs, repetition: 400 steps are 1.0 passes, or 2.3, and the 960 of
+`small_long` 2.5, or 5.6. Pool and dirt are one draw: seeds vary initialisation and order. The learning rate of the
+small model is the one tuned for routing.py; the large one has a grid of its own. Arms called float32 are trained so,
+since bfloat16 takes twice the time on these processors (0.39 s a step against 0.20 s, measured once), and run in
+bfloat16. `dense` is the small model's dense control.
 
 Before a sentence about data quality against size the long tier is wanted, 20 M tokens of the whole texts, three seeds:
 the large model on dirty text, and the small one on filtered text for as many tokens and for as many FLOPs.
@@ -116,8 +117,7 @@ def sweep_recipes():
 
 
 def sweep_recipes_long():
-    """The same shares of the longer run."""
-    yield {"name": "float32", "quantization.recipe": "none"}
+    """For four bits, the question's; the same share of the longer run."""
     yield {"name": "nvfp4_qat", "quantization.recipe": "nvfp4_qat", "quantization.start_step": 600}
 
 
