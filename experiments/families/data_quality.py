@@ -60,6 +60,7 @@ LARGE = {
     "model.width": 192,
     "model.num_heads": 6,
     "moe.expert_width": 192,
+    "optimizer.learning_rate": 5e-3,  # of sweep_learning_rates_large
 }
 
 
