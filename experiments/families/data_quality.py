@@ -29,11 +29,19 @@ the large model on dirty text, and the small one on filtered text for as many to
 
     moelab sweep --config=families/data_quality --sweep=tier --seeds=0-2 --jobs=2
 
+`controls` are two small arms that take the filter apart: its text without repetition, and a perfect filter's amount of
+clean text.
+
+    moelab sweep --config=families/data_quality --sweep=controls,recipes --seeds=0-4 --jobs=2
+
 Lab book
-  machine    not measured
-  wall time  not measured; by FLOPs 2 to 5 minutes a run on one core, the tier 40 minutes to 2 hours
-  result     not measured
-  date       not measured
+  machine    2 cores of an AMD EPYC (AVX-512), two runs at a time, jax 0.12.0.1
+  wall time  small 85 s of training, large 190 to 210 s, small_long 200 s, and 20 to 30 s of evaluation; dense, the
+             controls of the filter and the tier: not measured
+  result     two of the five seeds, see ../baselines/README.md: too few for a sentence about quality against size. Both
+             seeds of every pair say that filtering makes it worse than leaving the dirt in, more so the longer it
+             trains: whether by repetition or by what the filter prefers, `controls` is there to tell, not run yet
+  date       2026-11-30
 """
 
 import ml_collections
