@@ -40,8 +40,8 @@ Lab book
              controls of the filter and the tier: not measured
   result     two of the five seeds, see ../baselines/README.md: too few for a sentence about quality against size. Both
              seeds of every pair say that filtering makes it worse than leaving the dirt in, more so the longer it
-             trains: the curves lead at first, and turn up where the text is passed for the third time. One seed of
-             `controls` says the same of a perfect filter: see ../baselines/README.md
+             trains: the curves lead at first, and turn up where the text is passed for the third time. Two seeds of
+             `controls` say the same of a perfect filter: see ../baselines/README.md
   date       2026-11-30
 """
 
