@@ -9,6 +9,7 @@ r"""Data quality x size x precision: does a smaller, well-fed MoE beat a larger,
     moelab baselines add runs/data_quality-sizes-texts-recipes-seeds --family=data_quality
     moelab baselines add runs/data_quality-equal_flops-texts-recipes_long-seeds --family=data_quality
     moelab baselines add runs/data_quality-dense-texts-recipes-seeds --family=data_quality
+    moelab baselines add runs/data_quality-controls-recipes-seeds --family=data_quality
 
 Without a sweep it is the small model on clean text. `dirty` has a fifth of the words replaced in half of the documents,
 chapters of the Bible once more as HTML, and a tenth of the text made of copies, 16 of each document; `filtered` is what
@@ -36,12 +37,12 @@ clean text.
 
 Lab book
   machine    2 cores of an AMD EPYC (AVX-512), two runs at a time, jax 0.12.0.1
-  wall time  small 85 s of training, large 190 to 210 s, small_long 200 s, and 20 to 30 s of evaluation; dense, the
-             controls of the filter and the tier: not measured
+  wall time  small 85 s of training, large 190 to 210 s, small_long 200 s, the controls of the
+             filter 75 to 85 s, and 20 to 30 s of evaluation; dense and the tier: not run
   result     two of the five seeds, see ../baselines/README.md: too few for a sentence about quality against size. Both
              seeds of every pair say that filtering makes it worse than leaving the dirt in, more so the longer it
-             trains: the curves lead at first, and turn up where the text is passed for the third time. Two seeds of
-             `controls` say the same of a perfect filter: see ../baselines/README.md
+             trains: its curves lead at first, and fall behind from the second pass of the text on. Two seeds of
+             `controls` say that a perfect filter's text is as much too little: see ../baselines/README.md
   date       2026-11-30
 """
 
