@@ -58,6 +58,7 @@ DIRT = (
 FILTERS = ("minhash threshold=0.7", "perplexity_ngram against=unigram keep=0.5")
 POOL = 800_000  # tokens
 FILTERED = 352_000  # FILTERS leave 44.0 % of the tokens of the dirty text
+TIER_FILTERS = ("minhash threshold=0.7", "classifier keep=0.8")  # of sweep_strengths
 SCARCE = 306_000  # 38.3 % of the tokens of the dirty text are of documents left as they were
 SHARES = (
     "wiki_en=1416",
@@ -139,22 +140,39 @@ def sweep_recipes_long():
     yield {"name": "nvfp4_qat", "quantization.recipe": "nvfp4_qat", "quantization.start_step": 600}
 
 
+def sweep_strengths():
+    """How much to filter, tuned at the length of `small_long`; the pool is what the filter leaves of POOL."""
+    tokens = {"none": POOL, "minhash": 720_000, "0.8": 572_000, "0.65": 462_000, "0.5": 358_000}
+    for name, left in tokens.items():
+        tools = {"none": (), "minhash": FILTERS[:1]}
+        yield {
+            "name": f"keep={name}",
+            "train.num_steps": 960,
+            "quantization.recipe": "nvfp4_qat",
+            "quantization.start_step": 600,
+            "data.inject": DIRT,
+            "data.filter": tools.get(name, (FILTERS[0], f"classifier keep={name}")),
+            "mixture.unique_tokens": left,
+        }
+
+
 def sweep_tier():
-    """The question at 20 M tokens, the recipe's share of the steps as above."""
+    """The question at 20 M tokens, the recipe's share of the steps as above; `large_short` has the FLOPs of `small`."""
     tier = {
         "train.num_steps": 10_000,
         "checkpoint.every": 1000,
         "evaluation.every": 1000,
         "mixture.unique_tokens": 0,
-        "data.inject": DIRT,
         "quantization.recipe": "nvfp4_qat",
         "quantization.start_step": 6250,
     }
-    well_fed = {**tier, "data.filter": FILTERS}
-    longer = {"train.num_steps": 24_000, "quantization.start_step": 15_000}
-    yield {"name": "large-dirty-nvfp4_qat", **tier, **LARGE}
-    yield {"name": "small-filtered-nvfp4_qat", **well_fed}
-    yield {"name": "small_long-filtered-nvfp4_qat", **well_fed, **longer}
+    short = {"train.num_steps": 4160, "evaluation.every": 416, "quantization.start_step": 2600}
+    dirty = {**tier, "data.inject": DIRT}
+    yield {"name": "large-dirty-nvfp4_qat", **dirty, **LARGE}
+    yield {"name": "small-clean-nvfp4_qat", **tier}
+    yield {"name": "small-filtered-nvfp4_qat", **dirty, "data.filter": TIER_FILTERS}
+    yield {"name": "large_short-dirty-nvfp4_qat", **dirty, **LARGE, **short}
+    yield {"name": "small-dirty-nvfp4_qat", **dirty}
 
 
 def sweep_learning_rates_large():

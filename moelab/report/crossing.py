@@ -127,7 +127,8 @@ def _shown(comparison: Comparison) -> list[tuple[Arm, np.ndarray, np.ndarray]]:
 @contextlib.contextmanager
 def _drawn(comparison: Comparison) -> Iterator[Any]:
     shown = _shown(comparison)
-    with canvas.single(3.8) as (drawing, axes):
+    columns = 2 if len(shown) > 4 else 1
+    with canvas.single(3.6 + 0.22 * -(-len(shown) // columns)) as (drawing, axes):
         for i, (arm, flops_X, bits_SX) in enumerate(shown):
             color = canvas.PALETTE[i % len(canvas.PALETTE)]
             style = ("-", "--", ":")[i // len(canvas.PALETTE) % 3]
@@ -137,7 +138,8 @@ def _drawn(comparison: Comparison) -> Iterator[Any]:
             axes.plot(flops_X, bits_SX.mean(axis=0), style, color=color, lw=1.6, label=arm.name)
         every = np.concatenate([flops_X for _, flops_X, _ in shown])
         canvas.positive_axis(axes, every, "{:.3g}".format)
-        axes.legend(frameon=False, loc="upper right", ncols=2 if len(shown) > 4 else 1)
+        # Above: curves of different compute begin and end all over the panel.
+        drawing.legend(frameon=False, loc="outside upper left", ncols=columns)
         canvas.label_axes(axes, "training FLOPs", "bits per byte, validation")
         yield drawing
 

@@ -28,7 +28,7 @@ methods' papers; [CITATION.cff](../../CITATION.cff) the toolkit). The tables of 
 in [experiments/README.md](../README.md).
 """
 
-_DRAWING = "1"  # another where a picture would look otherwise
+_DRAWING = "2"  # another where a picture would look otherwise
 
 
 def render(folder: Path | str = baselines.FOLDER) -> str:
