@@ -21,10 +21,10 @@ from moelab.report import baselines, paired
 from moelab.report.arms import VALIDATION
 from moelab.report.documents import ALL
 from moelab.report.runs import REFERENCE, ReportError
-from moelab.report.statistics import Interval
+from moelab.report.statistics import CONFIDENCE, Interval
 
-_DRIFT_CONFIDENCE = 0.999  # tests run it again and again: one in twenty would not do
 _SAME = 1e-9  # bits per byte: bit-exact, summed
+_ROUNDING = 1e-6  # bits per byte: no drift is known better
 _MACHINE = ("cpu", "simd", "cores")
 
 
@@ -88,7 +88,7 @@ def rerun(
     if result.card is None:
         raise ReportError(f"{directory}: the run stopped with exit code {result.exit_code}")
     _check_data(card, result.card, path)
-    precision = _precision(path.parent.name, folder)
+    precision = _precision(name, folder)
     return judge(name, seed, entries, result.card, precision, drifts(folder), directory)
 
 
@@ -110,10 +110,13 @@ def _check_data(old: Mapping, new: Mapping, path: Path) -> None:
             )
 
 
-def _precision(family: str, folder: Path | str) -> str:
+def _precision(name: str, folder: Path | str) -> str:
+    """The precision of the first table that shows FAMILY/ARM."""
+    family, _, arm = name.partition("/")
     known = baselines.families(folder)
-    tables = known[family].tables if family in known else ({},)
-    precision = tables[0].get("precision", REFERENCE)
+    tables = known[family].tables if family in known else ()
+    shown = [table for table in tables if arm in table.get("arms", (arm,))]
+    precision = shown[0].get("precision", REFERENCE) if shown else REFERENCE
     return REFERENCE if precision == VALIDATION else precision  # cards have the test split's rows
 
 
@@ -136,33 +139,32 @@ def judge(
 ) -> Rerun:
     """Judges a new card against an arm's cards.
 
-    The same seed: on a machine of the same kind it must be equal, elsewhere |difference| <= t(0.9995, n) rms of the n
-    drifts measured in the family. A new seed: within the 95 % prediction interval of the arm's seeds, so that one in
-    twenty falls outside by chance.
+    The same seed: on a machine of the same kind it must be equal; elsewhere |difference| <= t(0.975, n) rms of the n
+    drifts measured in the family, so that one in twenty falls outside by chance. Where none was measured, and for a new
+    seed: within the 95 % prediction interval of the arm's seeds.
     """
     found = bits(card, precision)
     if seed not in entries:
-        return _new_seed(name, seed, entries, found, precision, directory)
+        return _as_new_seed(name, seed, entries, found, precision, directory)
     old = entries[seed]["card"]
     stated = bits(old, precision)
     known = [float(d["difference"]) for d in drift if d["family"] == name.partition("/")[0]]
-    if machine(old) == machine(card):
-        bound, rule = _SAME, "bit-exact: the same kind of machine"
-        if known:  # a kind has more than one member
-            bound, rule = max(_SAME, _drift_bound(known)), f"the drift measured {len(known)} times"
-    elif known:
+    if known:  # a kind of machine has more than one member
         bound, rule = _drift_bound(known), f"the drift measured {len(known)} times"
+    elif machine(old) == machine(card):
+        bound, rule = _SAME, "bit-exact: the same kind of machine"
     else:
-        bound, rule = (
-            math.nan,
-            "no drift between machines has been measured; --record writes this one",
+        judged = _as_new_seed(name, seed, entries, found, precision, directory)
+        rule = (
+            f"{judged.rule}; no drift between machines has been measured, --record writes this one"
         )
+        return dataclasses.replace(judged, rule=rule, difference=found - stated)
     expected = Interval(stated, stated - bound, stated + bound)
-    passed = None if math.isnan(bound) else abs(found - stated) <= bound
+    passed = abs(found - stated) <= bound
     return Rerun(name, seed, directory, found, expected, rule, passed, found - stated)
 
 
-def _new_seed(name, seed, entries, found, precision, directory) -> Rerun:
+def _as_new_seed(name, seed, entries, found, precision, directory) -> Rerun:
     values = [bits(entry["card"], precision) for entry in entries.values()]
     if len(values) < 2:
         expected, rule = Interval(values[0], math.nan, math.nan), "one seed predicts nothing"
@@ -175,9 +177,9 @@ def _new_seed(name, seed, entries, found, precision, directory) -> Rerun:
 
 
 def _drift_bound(differences: Sequence[float]) -> float:
-    """The 99.9 % prediction of a difference whose mean is zero."""
+    """The 95 % prediction of a difference whose mean is zero."""
     rms = math.sqrt(sum(d * d for d in differences) / len(differences))
-    return float(stats.t.ppf((1 + _DRIFT_CONFIDENCE) / 2, len(differences))) * rms
+    return max(_ROUNDING, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences))) * rms)
 
 
 def machine(card: Mapping[str, Any]) -> dict[str, Any]:

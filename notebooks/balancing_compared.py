@@ -20,16 +20,13 @@ import moelab
 
 moelab.prepare()
 
-import json
-import pathlib
-
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
 from moelab import balance, metrics, routers, routing
-from moelab.report import statistics
+from moelab.report import arms, baselines
 
 # %% [markdown]
 # ## Lopsided tokens
@@ -109,21 +106,13 @@ figure.tight_layout()
 #
 # ## Whole trainings
 #
-# The entries of `experiments/balance/`, three seeds each, against the Switch loss, paired by seed. With three pairs
-# only large effects can be seen.
+# The baseline family `balancing`: eight seeds of each arm, against the arm without any mechanism, paired by seed.
 
 # %%
-root = pathlib.Path(moelab.__file__).parent.parent / "experiments/baselines/balance"
-bits = {
-    path.stem: {run["seed"]: run["bits_per_byte"]["all"] for run in json.loads(path.read_text())}
-    for path in sorted(root.glob("*.json"))
-}
-reference = bits["switch_loss"]
-for name, by_seed in sorted(bits.items(), key=lambda item: np.mean(list(item[1].values()))):
-    seeds = sorted(by_seed.keys() & reference.keys())
-    if name == "switch_loss" or len(seeds) < 2:
-        continue
-    found = statistics.paired_t([reference[s] for s in seeds], [by_seed[s] for s in seeds])
+names = [name for name in baselines.names() if name.startswith("balancing/")]
+runs = [run for name in names for run in baselines.load(baselines.find(name))]
+compared = arms.compare(arms.group(runs), "none")
+for name, found in compared.differences.items():
     print(
         f"{name:20s} {found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}] bits per byte, n={found.n}"
     )

@@ -14,6 +14,7 @@ from moelab import config_file, rerun, schema, sweep
 from moelab.cli import main
 from moelab.report import ReportError, arms, baselines, leaderboard, load_all
 from moelab.report import card as cards
+from moelab.report.runs import check_comparable
 
 ROOT = Path(moelab.__file__).parent.parent
 FOLDER = ROOT / baselines.FOLDER
@@ -134,6 +135,16 @@ class TestCards:
         assert curve["step"][-1] == 40 and len(curve["step"]) == 40
         assert curve["validation"][-1][0] == 40
         assert len(path.read_text().splitlines()) == 5  # a line per run, and two around them
+
+    def test_a_folder_of_cards_is_read_and_other_evaluation_sets_are_refused(self, two_arms):
+        cards_of = two_arms / baselines.CARDS / "a"
+        runs = load_all([cards_of])[0]
+        assert len(runs) == 6 and len({run.documents_sha256 for run in runs}) == 1
+        assert len(runs[0].documents_sha256) == 64
+        path = baselines.find("wide", two_arms)
+        path.write_text(path.read_text().replace(runs[0].documents_sha256, "f" * 64))
+        with pytest.raises(ReportError, match="evaluation sets differ"):
+            check_comparable(load_all([cards_of])[0])
 
     def test_long_curves_are_means_over_stretches(self, tmp_path):
         run = load_all([run_directory.make(tmp_path / "r", steps=96)])[0][0]
@@ -275,12 +286,18 @@ class TestJudgement:
         assert self.judge(0, 2.0).passed and not self.judge(0, 2.0001).passed
 
     def test_another_machine_is_judged_by_the_drift_that_was_measured(self):
-        # Two drifts of 0.001: rms 0.001, t(0.9995, 2) = 31.599.
-        found = self.judge(0, 2.03, drift=(0.001, -0.001), cores=1)
-        assert found.passed and found.expected.high == pytest.approx(2.031599, abs=1e-6)
-        assert not self.judge(0, 2.032, drift=(0.001, -0.001), cores=1).passed
-        assert self.judge(0, 2.0, cores=1).passed is None  # nothing was measured
-        assert self.judge(0, 2.0, cores=1).difference == 0
+        # Two drifts of 0.001: rms 0.001, t(0.975, 2) = 4.302653.
+        found = self.judge(0, 2.004, drift=(0.001, -0.001), cores=1)
+        assert found.passed and found.expected.high == pytest.approx(2.004303, abs=1e-6)
+        assert not self.judge(0, 2.0044, drift=(0.001, -0.001), cores=1).passed
+        assert self.judge(0, 2.0044, drift=(0.001, -0.001)).rule == "the drift measured 2 times"
+        assert self.judge(0, 2.0000009, drift=(1e-12,), cores=1).passed  # rounding
+
+    def test_without_a_measured_drift_another_machine_s_run_is_judged_like_a_new_seed(self):
+        found = self.judge(0, 2.8, cores=1)
+        assert found.passed and found.expected == self.judge(9, 2.8).expected
+        assert found.difference == pytest.approx(0.8) and "no drift" in found.rule
+        assert not self.judge(0, 2.9, cores=1).passed
 
     def test_drifts_of_other_families_do_not_count(self):
         drift = [{"family": "g", "difference": 1.0}]
@@ -315,6 +332,18 @@ class TestJudgement:
         monkeypatch.setattr(rerun.launch, "run", lambda *args, **options: result)
         found = rerun.rerun("a/plain", folder=two_arms)
         assert found.difference == 0 and found.passed
+
+    def test_an_arm_is_judged_in_the_precision_of_a_table_that_shows_it(self, two_arms):
+        path = two_arms / baselines.FAMILIES
+        families = json.loads(path.read_text())
+        families["a"]["tables"] = [
+            {"precision": "nvfp4_wa", "arms": ["wide"]},
+            {"precision": "mxfp4_wa", "arms": ["plain"]},
+        ]
+        path.write_text(json.dumps(families))
+        assert rerun._precision("a/plain", two_arms) == "mxfp4_wa"
+        assert rerun._precision("a/wide", two_arms) == "nvfp4_wa"
+        assert rerun._precision("a/other", two_arms) == "float32"
 
     def test_other_schemas_are_not_run(self, two_arms):
         path = baselines.find("plain", two_arms)

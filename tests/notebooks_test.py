@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom in a fresh kernel."""
 
+import os
 import pathlib
 
 import pytest
@@ -11,17 +12,19 @@ SHIPPED = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.ip
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the Jupyter machinery, which runs in this process
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path):
+def test_notebook_runs(path, monkeypatch):
     import jupytext
     import nbclient
 
+    cache = os.environ.get("MOELAB_CACHE") or path.parent.parent / "cache"
+    monkeypatch.setenv("MOELAB_CACHE", str(cache))  # shared: the data need not be built for each
     notebook = jupytext.read(path)
     assert any(cell.cell_type == "code" for cell in notebook.cells)
     nbclient.NotebookClient(
         notebook,
         timeout=300,
         kernel_name="python3",
-        resources={"metadata": {"path": path.parent.parent}},
+        resources={"metadata": {"path": path.parent}},  # where Jupyter opens it
     ).execute()
 
 

@@ -141,15 +141,14 @@ def notes(comparison: Comparison) -> list[str]:
             f"Detectable: the smallest true difference that these seeds would show with power {paired.POWER}; here "
             f"{_range(effects, '{:.4f}'.format)} bits per byte. A smaller one may exist unseen."
         )
-        known = [d.correlation.estimate for d in found if not math.isnan(d.correlation.estimate)]
+        known = [d.correlation for d in found if not math.isnan(d.correlation.low)]
         if known:
+            mean = float(np.mean([r.estimate for r in known]))
+            clear = sum(r.low > 0 or r.high < 0 for r in known)
+            arms = f"{len(known)} arm{'s' if len(known) != 1 else ''}"
             told.append(
-                f"Paired seeds correlate at {np.mean(known):.2f} across arms (mean of {len(known)}): "
-                + (
-                    "pairing takes noise out."
-                    if np.mean(known) > 0
-                    else "pairing takes no noise out here."
-                )
+                f"Paired seeds correlate at {mean:.2f} (mean of {arms}; 0 lies outside {clear} of the intervals): "
+                + ("pairing takes noise out." if mean > 0 else "pairing takes no noise out here.")
             )
     if any(arm.apart for arm in comparison.arms):
         told.append("A star: not ranked with the others, and no hypothesis in Holm's correction.")
@@ -167,7 +166,8 @@ def limits(comparison: Comparison) -> str:
     active = distinct(lambda c: fmt.number(c["parameters"].get("active")))
     tokens = distinct(lambda c: fmt.number(c["training"].get("tokens")))
     epochs = distinct(_epochs)
-    machines = distinct(lambda c: c["environment"].get("cpu") or _device(c))
+    machines = distinct(_machine)
+    evaluated = distinct(_evaluated)
     commits = distinct(
         lambda c: ((c["environment"].get("git") or {}).get("commit") or "")[:10] or None
     )
@@ -175,10 +175,11 @@ def limits(comparison: Comparison) -> str:
     parts = [
         f"{_range(active, fmt.compact)} active parameters",
         f"{_range(tokens, fmt.compact)} training tokens"
-        + (f" ({_range(epochs, lambda v: f'{v:.2g}')} epochs)" if epochs else ""),
+        + (f" ({_range(epochs, '{:.2g}'.format)} epochs)" if epochs else ""),
         f"{len(runs)} runs, {fmt.duration(seconds)} of machine time in all",
         f"on {' and '.join(map(str, machines)) or 'an unknown machine'}",
         f"at {len(commits)} commit{'s' if len(commits) != 1 else ''}",
+        f"evaluated on {' and '.join(evaluated)}",
     ]
     text = "Known limits: " + ", ".join(parts) + ". "
     if any((c["environment"].get("git") or {}).get("dirty") for c in cards):
@@ -189,6 +190,7 @@ def limits(comparison: Comparison) -> str:
         text += "Arms trained on different numbers of tokens. "
     if epochs and max(epochs) < 1:
         text += "Less than an epoch: repetition cannot show. "
+    text += "Intervals over seeds do not hold that other documents might have been drawn. "
     return text + "Order and size of differences may change with scale, length and data."
 
 
@@ -201,8 +203,27 @@ def _epochs(card: dict) -> float | None:
     return used / have if have and used else None
 
 
-def _device(card: dict) -> str | None:
-    return (card["environment"].get("devices") or {}).get("kind")
+def _machine(card: dict) -> str | None:
+    """Says on what a run was: the processor with its vectors and the cores that the run had, or another device."""
+    known = card["environment"]
+    name = known.get("cpu") or (known.get("devices") or {}).get("kind")
+    cores = known.get("cores")
+    jax = (known.get("packages") or {}).get("jax")
+    more = [
+        known.get("simd"),
+        f"{cores} core{'s' if cores != 1 else ''} a run" if cores else None,
+        f"jax {jax}" if jax else None,
+    ]
+    told = ", ".join(part for part in more if part)
+    return f"{name} ({told})" if name and told else name
+
+
+def _evaluated(card: dict) -> str | None:
+    found = card["evaluation"]
+    documents, tokens = fmt.number(found.get("documents")), fmt.number(found.get("tokens"))
+    if not documents or not tokens:
+        return None
+    return f"{documents:,.0f} documents ({tokens:,.0f} tokens) of the {found.get('split')} split"
 
 
 def _range(values: Sequence[float], form) -> str:

@@ -19,14 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from moelab import spelling
+from moelab import config_file, spelling
 from moelab.report import arms
 from moelab.report import card as cards
 from moelab.report import formatting as fmt
 from moelab.report.runs import ReportError, Run
 
 SCHEMA = 1
-FOLDER = Path("experiments/baselines")
+FOLDER = [Path("experiments"), *config_file.folders()][
+    -1
+] / "baselines"  # beside the package, or here
 CARDS, FAMILIES, DRIFT, README = "cards", "families.json", "drift.json", "README.md"
 _POINTS = 48  # of a curve
 
@@ -138,7 +140,12 @@ def _arm_text(family_name: str, name: str, entries: Mapping[int, dict]) -> str:
 def _entry(run: Run) -> dict[str, Any]:
     if run.config_schema is None or not run.records("train"):
         raise ReportError(f"{run.directory}: a baseline wants the run's config.json and journal")
-    return {"config_schema": run.config_schema, "card": run.card, "curve": curve(run)}
+    return {
+        "config_schema": run.config_schema,
+        "documents_sha256": run.documents_sha256,
+        "card": run.card,
+        "curve": curve(run),
+    }
 
 
 def curve(run: Run) -> dict[str, list]:
@@ -217,6 +224,14 @@ def is_arm(path: Path | str) -> bool:
     return "runs" in value and "family" in value
 
 
+def arm_files(path: Path | str) -> list[Path]:
+    """Returns the arms that a path names: a file of cards, or those in a folder; none where it is something else."""
+    path = Path(path)
+    return [
+        one for one in (sorted(path.glob("*.json")) if path.is_dir() else [path]) if is_arm(one)
+    ]
+
+
 def names(folder: Path | str = FOLDER) -> list[str]:
     """Lists FAMILY/ARM of every committed arm."""
     found = Path(folder) / CARDS
@@ -252,6 +267,7 @@ def load(path: Path | str) -> list[Run]:
             None,
             label=f"{value['arm']}-seed={seed}",
             config_schema=entry.get("config_schema"),
+            documents_sha256=entry.get("documents_sha256", ""),
         )
         for seed, entry in sorted(read_arm(path).items())
     ]

@@ -19,7 +19,7 @@ _ID = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 _RECIPES = {"nvfp4_training": ("2509.25149",), "fp8_block": ("2412.19437",)}
 _DISTILLATION = ("1503.02531", "2601.20088")
-_STRENGTHS = ("coefficient", "rate")  # the field of a mechanism that is 0 where it is off
+_STRENGTHS = ("coefficient", "rate")  # the first of them that a mechanism has is 0 where it is off
 
 
 def of_docstring(path: Path) -> list[str]:
@@ -47,7 +47,7 @@ def methods(config: Mapping[str, Any]) -> dict[str, list[str]]:
         found[f"router {kind}"] = of_docstring(path) if path.is_file() else []
     for name, fields in (config.get("balance") or {}).items():
         path = _PACKAGE / "balance" / f"{name}.py"
-        if path.is_file() and any(fields.get(strength) for strength in _STRENGTHS):
+        if path.is_file() and next((fields[key] for key in _STRENGTHS if key in fields), 0):
             found[f"balance {name}"] = of_docstring(path)
     found |= _low_precision(config.get("quantization") or {})
     if (config.get("upcycle") or {}).get("run"):

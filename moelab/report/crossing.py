@@ -23,7 +23,6 @@ CAPTION = (
     "As trained, on the validation split; mean over seeds, band from the lowest to the highest. Where a schedule "
     "decays at its end, earlier points are of an undecayed learning rate."
 )
-_BUDGETS = 5  # at which two curves are compared, evenly spaced in log FLOPs over what both have
 
 
 def validation(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -43,25 +42,27 @@ def validation(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return step_X * tokens / steps * per_token, bits_X
 
 
-def crossing(base: Arm, arm: Arm) -> fits.Crossover | None:
+def crossings(base: Arm, arm: Arm) -> list[fits.Crossover] | None:
     """Finds where two arms are equal in validation bits per byte at equal FLOPs; None where it cannot be asked.
 
-    Seeds that both have are compared at budgets that all of them cover, their curves interpolated in log FLOPs.
+    Seeds that both have are compared over the FLOPs that all of them cover, their curves lines in log FLOPs.
     """
     seeds = sorted(base.runs.keys() & arm.runs.keys())
     curves = [[validation(a.runs[seed]) for seed in seeds] for a in (base, arm)]
-    ends = [(flops.min(), flops.max()) for side in curves for flops, _ in side if flops.size > 1]
-    if len(ends) < 2 * len(seeds) or len(seeds) < 2:
+    looks = [flops for side in curves for flops, _ in side if flops.size > 1]
+    if len(looks) < 2 * len(seeds) or len(seeds) < 2:
         return None
-    low, high = max(end[0] for end in ends), min(end[1] for end in ends)
+    low, high = max(flops.min() for flops in looks), min(flops.max() for flops in looks)
     if not low < high:
         return None
-    budget_X = np.geomspace(low, high, _BUDGETS)
+    budget_X = np.unique(
+        np.concatenate([flops[(low <= flops) & (flops <= high)] for flops in looks])
+    )
     a_SX, b_SX = (
         np.array([np.interp(np.log(budget_X), np.log(f), bits) for f, bits in side])
         for side in curves
     )
-    return fits.crossover(budget_X, a_SX, b_SX)
+    return fits.crossovers(budget_X, a_SX, b_SX)
 
 
 def _asked(comparison: Comparison) -> bool:
@@ -74,25 +75,24 @@ def _asked(comparison: Comparison) -> bool:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Says of each arm where it crosses the reference, or that no crossing is shown."""
+    """Says of each arm where it crosses the reference, and of which no crossing is shown."""
     if not _asked(comparison):
         return []
-    told = []
+    told, without, base = [], [], comparison.reference.name
     for arm in comparison.arms:
-        found = None if arm is comparison.reference else crossing(comparison.reference, arm)
-        if found is None:
-            continue
-        place, base = found.place, comparison.reference.name
-        if found.inside and place.high < math.inf:
-            way = "better beyond" if found.b_gains else "worse beyond"
-            bounds = f"[{place.low:.2g}, {place.high:.2g}]"
+        found = None if arm is comparison.reference else crossings(comparison.reference, arm)
+        for place, b_gains in found or ():
+            way = "better beyond" if b_gains else "worse beyond"
+            bounds = f"[{place.low:.3g}, {place.high:.3g}]"
             told.append(
-                f"{arm.name} crosses {base} at {place.estimate:.2g} {bounds} training FLOPs, {way}."
+                f"{arm.name} crosses {base} at {place.estimate:.3g} {bounds} training FLOPs, {way}."
             )
-        else:
-            told.append(
-                f"{arm.name} and {base}: no crossing is shown within the FLOPs that both have."
-            )
+        if found == []:
+            without.append(arm.name)
+    if without:
+        told.append(
+            f"No crossing with {base} is shown, within the FLOPs that both have, for {', '.join(without)}."
+        )
     return told
 
 

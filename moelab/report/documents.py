@@ -10,6 +10,8 @@ D documents.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -57,6 +59,14 @@ class Documents:
     def domains(self) -> tuple[str, ...]:
         """The domains in the order of first appearance."""
         return tuple(dict.fromkeys(self.domain_D.tolist()))
+
+    @property
+    def sha256(self) -> str:
+        """Of the evaluation set: domains, ids and sizes of the documents in any order."""
+        rows = zip(
+            self.domain_D.tolist(), self.document_D.tolist(), self.bytes_D.tolist(), strict=True
+        )
+        return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
 
     @property
     def precisions(self) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
 """Curves through a few points, with intervals that say when a few points do not tell.
 
 IsoFLOP: at one budget, loss is a parabola in the logarithm of the size. Granularity: loss falls as a power of it.
-Crossover: where the difference of two arms, a line in the logarithm of the cost, is zero. Seeds are blocks: each has a
-level of its own, which says nothing about the shape.
+Crossover: where the difference of two arms changes its sign, whatever the shape of their curves. Seeds are blocks: each
+has a level of its own, which says nothing about the shape.
 
-Intervals of ratios are Fieller's, which are exact for normal noise and become unbounded where the denominator could be
-zero; that of the exponent is where the F test of its value does not reject. Both are 95 %.
+The interval of a bottom is Fieller's, which is exact for normal noise and becomes unbounded where the denominator could
+be zero; that of the exponent is where the F test of its value does not reject; that of a crossover where the paired t
+test over seeds does not tell the arms apart. All are 95 %.
 
 S seeds, X points.
 """
@@ -21,6 +22,7 @@ from scipy import optimize, stats
 
 from moelab.report.statistics import CONFIDENCE, Interval
 
+_PLACES = 2001  # at which two curves are compared
 _EXPONENTS = np.geomspace(0.02, 20.0, 400)  # searched; outside, a power is a logarithm or a step
 
 
@@ -49,10 +51,9 @@ class Granularity(NamedTuple):
 
 
 class Crossover(NamedTuple):
-    """Where two arms are equal: the place, whether it lies inside what ran, and whether arm b gains with x."""
+    """Where two arms are equal: the place, and whether arm b is the better one beyond it."""
 
     place: Interval
-    inside: bool
     b_gains: bool
 
 
@@ -168,46 +169,51 @@ def _edge(residual, limit: float, index: int, side: int, exponent: float) -> flo
     )
 
 
-def crossover(x: Sequence[float], a: np.ndarray, b: np.ndarray) -> Crossover:
-    """Finds the cost at which two arms are equal.
+def crossovers(x: Sequence[float], a: np.ndarray, b: np.ndarray) -> list[Crossover]:
+    """Finds the costs at which two arms are equal, between costs where each is better than the other.
 
-    b - a = p + q log x, fitted for each seed; place = exp(-p / q)
-
-    The noise of the differences is that between seeds, whatever the points of one seed have in common (several budgets
-    may be read from one run). With one seed it is that of the points around the line.
+    Curves are lines in log x between the points. At each cost the paired t test over seeds says whether b - a differs
+    from 0; an interval is what lies between a stretch where b is worse and one where it is better. At the true place it
+    does not reject in 95 %, whatever the points of one seed have in common.
 
     Args:
-      x: (X,) budgets or sizes, > 0, at least two different ones.
-      a, b: (X,) losses of the arms, or (S, X) with the same seeds in the same order.
+      x: (X,) budgets or sizes, > 0, increasing, at least two.
+      a, b: (S, X) losses of the arms, with the same seeds in the same order, at least two.
 
     Returns:
-      The place: bounds 0 and infinity where it is not shown that the curves cross.
+      The places in order of x; none where it is not shown that the curves cross.
 
     Raises:
-      ValueError: shapes disagree, too few points, or values that are not finite.
+      ValueError: shapes disagree, too few points or seeds, or values that are not finite.
     """
     log_X, a_SX = _checked(x, a, 2)
     b_SX = _checked(x, b, 2)[1]
     if a_SX.shape != b_SX.shape:
         raise ValueError(f"a crossover wants paired seeds; got {a_SX.shape} and {b_SX.shape}")
-    middle = log_X.mean()
-    design = np.stack([np.ones_like(log_X), log_X - middle], axis=1)
-    lines_2S = np.linalg.lstsq(design, (b_SX - a_SX).T, rcond=None)[0]
-    p, q = lines_2S.mean(axis=1)
     seeds = a_SX.shape[0]
-    if seeds > 1:
-        covariance, freedom = np.cov(lines_2S) / seeds, seeds - 1
-    else:
-        freedom = log_X.size - 2
-        if freedom < 1:
-            raise ValueError("a crossover of one seed wants three points")
-        rest = (b_SX - a_SX)[0] - design @ lines_2S[:, 0]
-        covariance = np.linalg.inv(design.T @ design) * (rest @ rest / freedom)
-    low, high = _fieller(p, q, covariance, _t(freedom))
-    place = -p / q if q else math.nan
-    within = bool(log_X.min() <= place + middle <= log_X.max())
-    bounds = Interval(*(_exp(value + middle) for value in (place, low, high)))
-    return Crossover(bounds, within, bool(q < 0))
+    if seeds < 2 or (np.diff(log_X) <= 0).any():
+        raise ValueError("a crossover wants two seeds, and x in increasing order")
+    place_P = np.union1d(log_X, np.linspace(log_X[0], log_X[-1], _PLACES))
+    difference_SP = np.array([np.interp(place_P, log_X, row) for row in b_SX - a_SX])
+    mean_P = difference_SP.mean(axis=0)
+    error_P = difference_SP.std(axis=0, ddof=1) / math.sqrt(seeds)
+    sign_P = np.where(np.abs(mean_P) > _t(seeds - 1) * error_P, np.sign(mean_P), 0)
+    told = np.flatnonzero(sign_P)
+    found = []
+    for left, right in zip(told[:-1], told[1:], strict=True):
+        if sign_P[left] != sign_P[right]:
+            # The first change of the mean's sign; between these two it may wander.
+            turn = (
+                left
+                + np.flatnonzero(
+                    np.sign(mean_P[left:right]) != np.sign(mean_P[left + 1 : right + 1])
+                )[0]
+            )
+            share = mean_P[turn] / (mean_P[turn] - mean_P[turn + 1])
+            zero = place_P[turn] + share * (place_P[turn + 1] - place_P[turn])
+            bounds = Interval(*(math.exp(u) for u in (zero, place_P[left], place_P[right])))
+            found.append(Crossover(bounds, bool(sign_P[left] > 0)))
+    return found
 
 
 def _blocked(design: np.ndarray, loss_SX: np.ndarray):

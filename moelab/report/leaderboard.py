@@ -15,17 +15,21 @@ HEAD = f"""\
 # Baselines
 
 Generated from `cards/` by `moelab baselines render`; a test fails when it is stale. A card is a run's whole result card
-with its learning curve, no weights. Numbers are bits per byte on the fixed test split, lower is better.
+with its learning curve, no weights. Numbers are bits per byte on fixed documents of the test split, lower is better;
+those of the tables that chose a learning rate or a filter are of the validation split. How many documents is said under
+each table.
 
 {arms_tables.PAIRED}
 
     moelab verify experiments/baselines/cards/FAMILY/ARM.json   # digests, config hashes, sums of committed cards
-    moelab verify --rerun FAMILY/ARM                            # run it again: must land within the measured drift
+    moelab verify --rerun FAMILY/ARM                            # run it again: must land within the drift
     moelab verify --rerun FAMILY/ARM --seed=7                   # another seed: within the prediction interval
 
-To cite one, name the arm, the seeds and the first digits of a card's SHA-256 (`moelab report CARD --bibtex` has the
-methods' papers; [CITATION.cff](../../CITATION.cff) the toolkit). The tables of earlier studies, three seeds each, are
-in [experiments/README.md](../README.md).
+The drift is what the same seed gave on other kinds of machine, measured family by family (`drift.json`, 95 %); where
+none was measured the prediction interval of the arm's seeds takes its place. To cite an arm, name it, its seeds and the
+commit of this repository (`moelab report cards/FAMILY --bibtex` has the methods' papers;
+[CITATION.cff](../../CITATION.cff) the toolkit). The tables of earlier studies, three seeds each, are in
+[experiments/README.md](../README.md).
 """
 
 _DRAWING = "2"  # another where a picture would look otherwise

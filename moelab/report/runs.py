@@ -31,6 +31,7 @@ class Run:
       notes: what could not be read, one line each, to be shown in the report.
       label: the point's name in its sweep; empty for other runs.
       config_schema: the schema of configs under which it ran; None where a card stands alone.
+      documents_sha256: of the evaluation set (`documents.Documents.sha256`); empty where it is not known.
     """
 
     directory: Path
@@ -40,6 +41,7 @@ class Run:
     notes: tuple[str, ...] = ()
     label: str = ""
     config_schema: int | None = None
+    documents_sha256: str = ""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -89,11 +91,19 @@ def load(path: Path | str) -> Run:
         table = documents.read(path / documents.NAME)
     except (OSError, documents.DocumentsError) as error:
         notes.append(f"No intervals: {documents.NAME} cannot be read ({_reason(error)}).")
-    return Run(path, card, journal, table, tuple(notes), config_schema=_config_schema(path))
+    return Run(
+        path,
+        card,
+        journal,
+        table,
+        tuple(notes),
+        config_schema=_config_schema(path),
+        documents_sha256=table.sha256 if table else "",
+    )
 
 
 def load_all(paths: Sequence[Path | str]) -> tuple[list[Run], list[str]]:
-    """Reads runs, the finished points of sweep directories, and the cards of committed baselines.
+    """Reads runs, finished points of sweep directories, and cards of committed baselines (an arm, or a folder).
 
     Returns:
       The runs, and one line for each sweep that is not finished.
@@ -107,8 +117,8 @@ def load_all(paths: Sequence[Path | str]) -> tuple[list[Run], list[str]]:
 
     found, notes = [], []
     for path in paths:
-        if baselines.is_arm(path):
-            found += baselines.load(path)
+        if files := baselines.arm_files(path):
+            found += [run for file in files for run in baselines.load(file)]
             continue
         if not sweep_file.is_sweep(path):
             found.append(load(path))
@@ -181,7 +191,11 @@ def _difference(first: Run, other: Run) -> str:
         if values[0] != values[1]:
             return f"evaluation {key} differ ({values[0]} and {values[1]})"
     if first.documents is None or other.documents is None:
-        return ""
+        shas = first.documents_sha256, other.documents_sha256
+        differ = all(shas) and shas[0] != shas[1]
+        return (
+            "evaluation sets differ ({} and {})".format(*(s[:12] for s in shas)) if differ else ""
+        )
     sets = [
         set(zip(t.domain_D, t.document_D, t.bytes_D.tolist(), strict=True))
         for t in (first.documents, other.documents)
