@@ -3,6 +3,9 @@
 The gap is the nats per token of held-out documents minus those of training documents, domain by domain and averaged
 over domains, with an interval from resampled documents. Documents that occur more than once in the training split, as
 under data.inject, are a row of their own.
+
+Training documents are taken from the whole training split, also those that a run of less than an epoch, or on a part of
+the text (`mixture.unique_tokens`), has not met: there the gap is smaller than that of what it met.
 """
 
 from __future__ import annotations
