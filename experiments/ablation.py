@@ -3,7 +3,7 @@
     moelab run --config=experiments/ablation.py --workdir=runs/ablation
 
 4 layers of width 128, 16 experts of width 128 of which a token passes 2, float32, AdamW, the five-domain corpus. Small
-enough that three seeds of forty methods fit an afternoon on two cores; that is about a twentieth of an epoch, so that slow
+enough that three seeds of forty methods fit an afternoon on two cores; that is a twentieth of an epoch, so that slow
 controllers have little time to act. No balancing: this is the control of `balance/`.
 
 Lab book

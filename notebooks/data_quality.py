@@ -45,8 +45,8 @@ lines = [json.dumps({"id": key, "text": entry["extract"][:1500]}) for key, entry
 # %% [markdown]
 # ## Dirt, with the truth kept
 #
-# A fifth of the training documents gets a third of its words replaced, another fifth is shuffled, and a tenth of the text
-# is documents that stand there three times. Evaluation splits stay clean.
+# A fifth of the training documents gets a third of its words replaced, another fifth is shuffled, and a tenth of the
+# text is documents that stand there three times. Evaluation splits stay clean.
 
 # %%
 INJECT = (
