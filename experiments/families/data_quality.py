@@ -10,6 +10,9 @@ r"""Data quality x size x precision: does a smaller, well-fed MoE beat a larger,
     moelab baselines add runs/data_quality-equal_flops-texts-recipes_long-seeds --family=data_quality
     moelab baselines add runs/data_quality-dense-texts-recipes-seeds --family=data_quality
     moelab baselines add runs/data_quality-controls-recipes-seeds --family=data_quality
+    moelab baselines add runs/data_quality-learning_rates_large-seeds --family=data_quality_tuning
+    moelab baselines add runs/data_quality-strengths-seeds --family=data_quality_tuning
+    moelab baselines add runs/data_quality-tier-seeds --family=data_quality_tier
 
 Without a sweep it is the small model on clean text. `dirty` has a fifth of the words replaced in half of the documents,
 chapters of the Bible once more as HTML, and a tenth of the text made of copies, 16 of each document; `filtered` is what
@@ -26,9 +29,11 @@ small model is the one tuned for routing.py; the large one has a grid of its own
 since bfloat16 takes twice the time on these processors (0.39 s a step against 0.20 s, measured once), and run in
 bfloat16. `dense` is the small model's dense control.
 
-Before a sentence about data quality against size the long tier is wanted, 20 M tokens of the whole texts, three seeds:
-the large model on dirty text, and the small one on filtered text for as many tokens and for as many FLOPs.
+Before a sentence about data quality against size the long tier is wanted, 20 M tokens of whole texts, three seeds:
+the small model on clean, filtered and dirty text against the large one on dirty text, for as many tokens and as many
+FLOPs (`large_short`). Its filter is the one that `strengths` chose by the validation split of other seeds.
 
+    moelab sweep --config=families/data_quality --sweep=strengths --seeds=100-101 --jobs=2
     moelab sweep --config=families/data_quality --sweep=tier --seeds=0-2 --jobs=2
 
 `controls` are two small arms that take the filter apart: its text without repetition, and a perfect filter's amount of
@@ -59,7 +64,10 @@ DIRT = (
 FILTERS = ("minhash threshold=0.7", "perplexity_ngram against=unigram keep=0.5")
 POOL = 800_000  # tokens
 FILTERED = 352_000  # FILTERS leave 44.0 % of the tokens of the dirty text
-TIER_FILTERS = ("minhash threshold=0.7", "classifier keep=0.8")  # of sweep_strengths
+TIER_FILTERS = (  # of sweep_strengths
+    "minhash threshold=0.7",
+    "classifier keep=0.8 domains=wiki_en+wiki_fr+wiki_es+verse",
+)
 SCARCE = 306_000  # 38.3 % of the tokens of the dirty text are of documents left as they were
 SHARES = (
     "wiki_en=1416",
@@ -142,17 +150,23 @@ def sweep_recipes_long():
 
 
 def sweep_strengths():
-    """How much to filter, tuned at the length of `small_long`; the pool is what the filter leaves of POOL."""
-    tokens = {"none": POOL, "minhash": 720_000, "0.8": 572_000, "0.65": 462_000, "0.5": 358_000}
-    for name, left in tokens.items():
-        tools = {"none": (), "minhash": FILTERS[:1]}
+    """What to filter, tuned at the length of `small_long`; the pool is what the filter leaves of POOL."""
+    minhash, text = FILTERS[0], "domains=wiki_en+wiki_fr+wiki_es+verse"
+    for name, tools, left in (
+        ("none", (), POOL),
+        ("minhash", (minhash,), 720_000),
+        ("keep=0.8", (minhash, "classifier keep=0.8"), 572_000),
+        ("text_keep=0.8", (minhash, f"classifier keep=0.8 {text}"), 603_000),
+        ("text_keep=0.65", (minhash, f"classifier keep=0.65 {text}"), 518_000),
+        ("text_keep=0.5", (minhash, f"classifier keep=0.5 {text}"), 435_000),
+    ):
         yield {
-            "name": f"keep={name}",
+            "name": name,
             "train.num_steps": 960,
             "quantization.recipe": "nvfp4_qat",
             "quantization.start_step": 600,
             "data.inject": DIRT,
-            "data.filter": tools.get(name, (FILTERS[0], f"classifier keep={name}")),
+            "data.filter": tools,
             "mixture.unique_tokens": left,
         }
 
@@ -164,6 +178,7 @@ def sweep_tier():
         "checkpoint.every": 1000,
         "evaluation.every": 1000,
         "mixture.unique_tokens": 0,
+        "evaluation.tasks": ("facts", "minimal_pairs", "induction", "recall", "memorisation"),
         "quantization.recipe": "nvfp4_qat",
         "quantization.start_step": 6250,
     }

@@ -1,6 +1,8 @@
 """Quantization: what training for four bits gives, over five paired seeds, for a MoE and its dense control.
 
     moelab run --config=experiments/families/quantization.py --workdir=runs/families_quantization
+    moelab sweep --config=families/quantization --sweep=learning_rates --seeds=100-101 --jobs=2
+    moelab report runs/quantization-learning_rates-seeds --split=validation
     moelab sweep --config=families/quantization --sweep=models,recipes --seeds=0-4 --jobs=2 --drop_checkpoints
     moelab baselines add runs/quantization-models-recipes-seeds --family=quantization
 
@@ -8,7 +10,7 @@ Without a sweep it is the MoE in float32: ../ablation.py with the Switch loss at
 begins at step 250, so that an arm and its control are one run until then and see the same data after; FP4 training is
 quantized from the first step. Every arm is evaluated in float32, NVFP4 and MXFP4, weights alone and with activations.
 The dense control has one expert of twice the width, so that both run through the same code. The learning rate is the
-one tuned for routing.py: its reference is this one.
+one tuned for routing.py: its reference is this one. For NVFP4 QAT of the MoE it was tuned as well.
 
 Lab book
   machine    2 cores of an AMD EPYC (AVX-512), two runs at a time, jax 0.12.0.1
@@ -59,3 +61,14 @@ def sweep_recipes():
         recipe = f"{format}_qat"
         yield {"name": recipe, "quantization.recipe": recipe, "quantization.start_step": 250}
     yield {"name": "nvfp4_training", "quantization.recipe": "nvfp4_training"}
+
+
+def sweep_learning_rates():
+    """The published grid without its lower end, on quantization-aware training of the MoE in NVFP4."""
+    for rate in (2.5e-3, 5e-3, 1e-2, 2e-2):
+        yield {
+            "name": f"nvfp4_qat,learning_rate={rate}",
+            "optimizer.learning_rate": rate,
+            "quantization.recipe": "nvfp4_qat",
+            "quantization.start_step": 250,
+        }

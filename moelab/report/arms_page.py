@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from moelab.report import (
+    arms_measures,
     arms_plots,
     arms_rows,
     arms_tables,
@@ -99,6 +100,8 @@ def _markdown(comparison: Comparison, notes: Sequence[str], fitted: Fitted | Non
     parts += [f"{main.title}.\n", tables.to_markdown(main)]
     parts += ["\n".join(f"- {note}" for note in _told(comparison, fitted)) + "\n"]
     parts += [arms_tables.limits(comparison) + "\n"]
+    for table in arms_measures.all_tables(comparison):
+        parts += [f"{table.title}.\n", tables.to_markdown(table)]
     parts += ["## Every point\n", points.title + ".\n", tables.to_markdown(points)]
     differing = compare.config_table(_named(comparison))
     if differing is not None:
@@ -136,6 +139,9 @@ def _html(comparison: Comparison, notes: Sequence[str], fitted: Fitted | None) -
         drawn.insert(1, fitted_arms.figure(fitted))
     if drawn:
         body.append(page.section("Plots", page.figures(drawn)))
+    measured = arms_measures.all_tables(comparison)
+    if measured:
+        body.append(page.section("Domains and tasks", *map(page.table, measured)))
     body.append(page.section("Every point", page.table(arms_tables.points_table(comparison))))
     differing = compare.config_table(_named(comparison))
     if differing is not None:

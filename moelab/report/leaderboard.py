@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from moelab import schema
-from moelab.report import arms, arms_tables, baselines, canvas, crossing, tables
+from moelab.report import arms, arms_measures, arms_tables, baselines, canvas, crossing, tables
 from moelab.report.baselines import Family
 from moelab.report.runs import ReportError, Run
 
@@ -157,8 +157,10 @@ def _table(wanted, compared: arms.Comparison | None) -> str:
         )
     points = arms_tables.points_table(compared)
     parts += [
-        "<details><summary>Every point</summary>\n",
+        "<details><summary>Every point, domains</summary>\n",
         tables.to_markdown(points),
-        "</details>\n",
     ]
+    for table in arms_measures.all_tables(compared):
+        parts += [f"{table.title}.\n", tables.to_markdown(table)]
+    parts.append("</details>\n")
     return "\n".join(parts)

@@ -1,0 +1,105 @@
+"""What arms gave apart from the one number: bits per byte by domain, and the tasks beyond the loss.
+
+Values are means over seeds with their t interval; a single seed has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moelab.report import formatting as fmt
+from moelab.report import paired
+from moelab.report.arms import VALIDATION, Arm, Comparison
+from moelab.report.tables import Cell, Table
+
+
+def all_tables(comparison: Comparison) -> list[Table]:
+    """Returns the tables that the arms' cards allow."""
+    return [one for one in (domains(comparison), tasks(comparison)) if one is not None]
+
+
+def domains(comparison: Comparison) -> Table | None:
+    """Tells the arms' bits per byte by domain, below them what a bigram of the training text gives.
+
+    Returns:
+      A line per arm; None where there is one domain or the numbers are of the validation split.
+    """
+    names = comparison.reference.first.domains
+    if len(names) < 2 or comparison.precision == VALIDATION:
+        return None
+    body = []
+    for arm in comparison.arms:
+        rows = [
+            r
+            for run in arm.runs.values()
+            for r in run.rows
+            if r["precision"] == comparison.precision
+        ]
+        cells = [
+            _mean([fmt.number(r["bits_per_byte"].get(name)) for r in rows], 4) for name in names
+        ]
+        body.append((Cell(arm.name, arm.name), *cells))
+    for name, bits in (
+        comparison.reference.first.card["evaluation"].get("baselines") or {}
+    ).items():
+        cells = [_mean([fmt.number(bits.get(domain))], 4) for domain in names]
+        body.append((Cell(f"({name.replace('_', ' ')})", name), *cells))
+    title = f"Bits per byte by domain in {comparison.precision}, mean over seeds [95 %]"
+    return Table(title, ("arm", *names), tuple(body))
+
+
+def tasks(comparison: Comparison) -> Table | None:
+    """Tells the tasks of which every run has a row, a line per measure and a column per arm; None without any."""
+    found = {arm.name: _task_values(arm) for arm in comparison.arms}
+    shared = [
+        key
+        for key in found[comparison.reference.name]
+        if all(key in have for have in found.values())
+    ]
+    if not shared:
+        return None
+    body = []
+    for key in shared:
+        task, measure, precision = key
+        row = found[comparison.reference.name][key][0]
+        body.append(
+            (
+                Cell(
+                    f"{task.replace('_', ' ')}: {measure}"
+                    + (f", {precision}" if precision != "float32" else "")
+                ),
+                Cell(row["unit"], row["unit"]),
+                Cell(fmt.fixed(row["chance"], 3), fmt.number(row["chance"])),
+                *(
+                    _mean([fmt.number(r["value"]) for r in found[arm.name][key]], 3)
+                    for arm in comparison.arms
+                ),
+            )
+        )
+    heads = ("measure", "unit", "chance", *(arm.name for arm in comparison.arms))
+    return Table("Beyond the loss, mean over seeds [95 %]", heads, tuple(body))
+
+
+def _task_values(arm: Arm) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """The arm's rows by task, measure and precision, of those that all of its runs have."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for run in arm.runs.values():
+        for row in (run.card["evaluation"].get("tasks") or {}).get("rows") or ():
+            found.setdefault((row["task"], row["measure"], row["precision"]), []).append(row)
+    return {key: rows for key, rows in found.items() if len(rows) == len(arm.runs)}
+
+
+def _mean(values: Sequence[float | None], digits: int) -> Cell:
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    if not known or len(known) < len(values):
+        return Cell("")
+    found = paired.mean_interval(known)
+    bounds = (
+        f"[{fmt.fixed(found.low, digits)}, {fmt.fixed(found.high, digits)}]"
+        if len(known) > 1
+        else ""
+    )
+    return Cell(fmt.fixed(found.estimate, digits), found.estimate, bounds)
