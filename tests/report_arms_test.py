@@ -21,6 +21,7 @@ from moelab import report, sweep_file
 from moelab.cli import main
 from moelab.report import (
     arms,
+    arms_measures,
     arms_plots,
     arms_tables,
     canvas,
@@ -425,6 +426,58 @@ def test_latex_is_a_table_with_a_caption(swept, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+class TestMeasures:
+    def test_domains_are_means_over_seeds_with_t_intervals(self, swept, compared):
+        table = arms_measures.domains(compared)
+        assert table.columns[0] == "arm" and len(table.rows) >= len(ARMS)
+        row = next(row for row in table.rows if row[0].text == "worse")
+        for name, cell in zip(table.columns[1:], row[1:], strict=True):
+            values = []
+            for seed in range(SEEDS):
+                card = cards.read(swept / f"worse-seed={seed}")
+                rows = card["evaluation"]["rows"]
+                values.append(
+                    next(r for r in rows if r["precision"] == "float32")["bits_per_byte"][name]
+                )
+            low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+            assert cell.value == pytest.approx(np.mean(values))
+            assert cell.bounds == f"[{low:.4f}, {high:.4f}]"
+        text = report.write([swept], swept.parent / "r.md").read_text()
+        assert "Bits per byte by domain in float32, mean over seeds [95 %]." in text
+        page = report.write([swept], swept.parent / "r.html").read_text()
+        assert "Domains and tasks" in page
+
+    def test_the_validation_split_has_no_domains(self, compared):
+        asked = dataclasses.replace(compared, precision=arms.VALIDATION)
+        assert arms_measures.domains(asked) is None
+
+    def test_tasks_that_every_run_has(self, compared):
+        def with_tasks(arm, names):
+            runs = {}
+            for seed, run in arm.runs.items():
+                base = {
+                    "measure": "accuracy",
+                    "precision": "float32",
+                    "chance": 0.25,
+                    "unit": "share",
+                }
+                rows = [{"task": name, "value": 0.5 + 0.01 * seed} | base for name in names]
+                evaluation = run.card["evaluation"] | {"tasks": {"rows": rows}}
+                runs[seed] = dataclasses.replace(run, card=run.card | {"evaluation": evaluation})
+            return dataclasses.replace(arm, runs=runs)
+
+        assert arms_measures.tasks(compared) is None
+        asked = [("facts", "recall"), ("facts",), ("facts", "recall"), ("facts", "recall")]
+        chosen = tuple(with_tasks(*pair) for pair in zip(compared.arms, asked, strict=True))
+        reference = next(arm for arm in chosen if arm.name == "plain")
+        table = arms_measures.tasks(dataclasses.replace(compared, arms=chosen, reference=reference))
+        assert table.columns == ("measure", "unit", "chance", *(arm.name for arm in chosen))
+        (row,) = table.rows
+        assert [cell.text for cell in row[:3]] == ["facts: accuracy", "share", "0.250"]
+        low, high = stats.ttest_1samp([0.5, 0.51, 0.52, 0.53, 0.54], 0).confidence_interval(0.95)
+        assert row[3].line == f"0.520 [{low:.3f}, {high:.3f}]"
+
+
 def test_latex_compiles(swept, tmp_path):
     table = report.write([swept], tmp_path / "t.tex").read_text()
     head = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n"
