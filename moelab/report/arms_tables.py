@@ -146,9 +146,12 @@ def notes(comparison: Comparison) -> list[str]:
             mean = float(np.mean([r.estimate for r in known]))
             clear = sum(r.low > 0 or r.high < 0 for r in known)
             arms = f"{len(known)} arm{'s' if len(known) != 1 else ''}"
+            if not clear:
+                meaning = "whether pairing takes noise out is not shown"
+            else:
+                meaning = f"pairing takes {'noise' if mean > 0 else 'no noise'} out"
             told.append(
-                f"Paired seeds correlate at {mean:.2f} (mean of {arms}; 0 lies outside {clear} of the intervals): "
-                + ("pairing takes noise out." if mean > 0 else "pairing takes no noise out here.")
+                f"Paired seeds correlate at {mean:.2f} (mean of {arms}; 0 lies outside {clear} of the intervals): {meaning}."
             )
     if any(arm.apart for arm in comparison.arms):
         told.append("A star: not ranked with the others, and no hypothesis in Holm's correction.")
