@@ -151,7 +151,8 @@ def notes(comparison: Comparison) -> list[str]:
             else:
                 meaning = f"pairing takes {'noise' if mean > 0 else 'no noise'} out"
             told.append(
-                f"Paired seeds correlate at {mean:.2f} (mean of {arms}; 0 lies outside {clear} of the intervals): {meaning}."
+                f"Paired seeds correlate at {mean:.2f} (mean of {arms}; 0 lies outside {clear} of the intervals): "
+                f"{meaning}."
             )
     if any(arm.apart for arm in comparison.arms):
         told.append("A star: not ranked with the others, and no hypothesis in Holm's correction.")
