@@ -46,13 +46,13 @@ Lab book
   wall time  small 85 s of training, large 190 to 210 s, small_long 200 to 230 s, controls and dense 75 to 110 s, and 20
              to 30 s of evaluation; the tier: not run
   result     this dirt costs the small model 0.051 bits per byte in four bits, and the filters do not give it back:
-             against dirty text filtered text is worse by 0.0589 [0.0515, 0.0662], 0.0538 [0.0455, 0.0620] for the large
-             model, 0.0521 [0.0468, 0.0574] for the dense control, and 0.2534 [0.2440, 0.2629] for small_long: its curves
-             lead at first, and fall behind from the second pass of the text on. `controls` say why: with as much text as
-             the others had, filtered is dirty's equal, +0.0024 [-0.0051, +0.0098]; a perfect filter's clean text, of which
-             there is too little, is worse than either, +0.0823 [+0.0742, +0.0903]. By domain it is code that suffers, long
-             files of which a pool holds a dozen; prose gains where text is not repeated. Training for four bits changes
-             none of this. About quality against size nothing is said before the tier
+             against dirty text filtered text is worse by 0.0589 [0.0515, 0.0662], 0.0538 [0.0455, 0.0620] for the
+             large model, 0.0521 [0.0468, 0.0574] for the dense control, and 0.2534 [0.2440, 0.2629] for small_long:
+             its curves lead at first, and fall behind from the second pass of the text on. `controls` say why: with
+             as much text as the others had, filtered is dirty's equal, +0.0024 [-0.0051, +0.0098]; a perfect filter's
+             clean text, of which there is too little, is worse than either, +0.0823 [+0.0742, +0.0903]. By domain it
+             is code that suffers, long files of which a pool holds a dozen; prose gains where text is not repeated.
+             Training for four bits changes none of this. About quality against size nothing is said before the tier
   date       2026-11-30
 """
 
