@@ -13,7 +13,7 @@ import numpy as np
 from moelab.report import formatting as fmt
 from moelab.report import paired
 from moelab.report.arms import VALIDATION, Arm, Comparison
-from moelab.report.tables import Cell, Table
+from moelab.report.tables import BASELINES, Cell, Table
 
 
 def all_tables(comparison: Comparison) -> list[Table]:
@@ -46,7 +46,7 @@ def domains(comparison: Comparison) -> Table | None:
         comparison.reference.first.card["evaluation"].get("baselines") or {}
     ).items():
         cells = [_mean([fmt.number(bits.get(domain))], 4) for domain in names]
-        body.append((Cell(f"({name.replace('_', ' ')})", name), *cells))
+        body.append((Cell(f"({BASELINES.get(name, name)})", name), *cells))
     title = f"Bits per byte by domain in {comparison.precision}, mean over seeds [95 %]"
     return Table(title, ("arm", *names), tuple(body))
 
