@@ -425,7 +425,6 @@ def test_latex_is_a_table_with_a_caption(swept, tmp_path):
     assert latex.table(odd, [], "a b").count("\\label{tab:a-b}") == 1
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 class TestMeasures:
     def test_domains_are_means_over_seeds_with_t_intervals(self, swept, compared):
         table = arms_measures.domains(compared)
@@ -478,6 +477,7 @@ class TestMeasures:
         assert row[3].line == f"0.520 [{low:.3f}, {high:.3f}]"
 
 
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 def test_latex_compiles(swept, tmp_path):
     table = report.write([swept], tmp_path / "t.tex").read_text()
     head = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n"
