@@ -40,9 +40,14 @@ def conclude(session, config_file: str, overrides: list[str], command: str) -> d
     done = evaluate.evaluate(config, state.params, state.router_state, dataset, "test", names)
     section = evaluate.section(config, dataset, "test", done)
     if config.evaluation.tasks:
-        note(f"asking {len(config.evaluation.tasks)} tasks")
+        note(f"asking {len(config.evaluation.tasks)} tasks in each of them")
         section["tasks"] = scoring.answer(
-            config, state.params, state.router_state, dataset, config.evaluation.tasks
+            config,
+            state.params,
+            state.router_state,
+            dataset,
+            config.evaluation.tasks,
+            dict.fromkeys((evaluate.REFERENCE, *names)),
         )
     section["baselines"] = {"kneser_ney_bigram": _bigram(config, dataset, session.batches)}
     documents.write(workdir / documents.NAME, done.columns)

@@ -273,7 +273,7 @@ class Evaluation:
         "nvfp4_w",
         "nvfp4_wa",
     )  # names of quant.recipes to evaluate; _w: expert weights only, _wa: weights and activations
-    tasks: tuple[str, ...] = ()  # names of moelab.tasks, asked in float32 when training ends
+    tasks: tuple[str, ...] = ()  # names of moelab.tasks, asked in each precision when training ends
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from moelab import data, evaluate, task, tasks
 from moelab import model as model_lib
+from moelab.data import mixture
 from moelab.quant import recipes
 from moelab.task import Span
 
@@ -93,17 +94,20 @@ def answer(
 
     Args:
       config, params, router_state, dataset, precisions: as for `evaluate.evaluate`, but nothing is added.
-      kinds: of moelab.tasks; a task that the data has nothing for is left out.
+      kinds: of moelab.tasks; a task that the data has nothing for is left out. They see of the training split what the
+        run draws from.
 
     Returns:
       {"rows": a dict per precision and task.Row, "left_out": kind -> why, "dropped": kind -> items too long}
     """
     length = config.train.length
+    tokens = config.train.num_steps * config.train.batch_size * length
+    pool = mixture.pooled(dataset, config.mixture, tokens)
     asked, left_out = {}, {}
     made = {kind: tasks.make(kind) for kind in kinds}
     for kind, one in made.items():
         try:
-            asked[kind] = one.ask(dataset, length)
+            asked[kind] = one.ask(pool, length)
         except task.TaskError as error:
             left_out[kind] = str(error)
     params, router_state = jax.device_put((params, router_state), jax.devices()[0])

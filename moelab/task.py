@@ -125,7 +125,7 @@ def ask_choices(
 def chosen_right(
     choices: Sequence[Choice], nats: Sequence[np.ndarray], *, per_token: bool
 ) -> np.ndarray:
-    """Whether the first continuation is the likeliest: (n,) float64; a tie of m counts 1 / m, and NaN nothing.
+    """Whether the first continuation is the likeliest: (n,) float64; a tie of m counts 1 / m; NaN where a cost is NaN.
 
     Args:
       choices: as `ask_choices` kept them.
@@ -140,7 +140,8 @@ def chosen_right(
             cost.append(part.sum() / (len(continuation) if per_token else 1))
             at += 1
         best = np.flatnonzero(np.equal(cost, np.min(cost)))
-        right.append(1 / len(best) if 0 in best else 0.0)
+        known = not np.isnan(cost).any()
+        right.append((1 / len(best) if 0 in best else 0.0) if known else np.nan)
     return np.array(right)
 
 
@@ -149,11 +150,14 @@ def share_row(
 ) -> Row:
     """A mean of values in [0, 1] with its interval: a bootstrap over groups, Wilson's where groups have one item each.
 
+    NaN, bounds included, where one of them is: a model whose losses are no numbers has no accuracy.
     A bootstrap of shares near 0 or 1 is too narrow, so Wilson's score interval is taken wherever items are independent.
     """
     groups = list(dict.fromkeys(group_N))
     if not groups:
         raise TaskError(f"{task}: nothing is left to ask")
+    if np.isnan(value_N).any():
+        return Row(task, measure, np.nan, np.nan, np.nan, chance, len(groups), "share")
     if len(groups) == len(value_N):
         found = stats.binomtest(round(float(value_N.sum())), len(value_N))
         low, high = map(float, found.proportion_ci(method="wilson"))

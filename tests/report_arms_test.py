@@ -451,6 +451,11 @@ class TestMeasures:
         assert arms_measures.domains(asked) is None
 
     def test_tasks_that_every_run_has(self, compared):
+        def two_precisions(evaluation):
+            rows = evaluation["tasks"]["rows"]
+            low = [row | {"precision": "bf16", "value": row["value"] - 0.1} for row in rows]
+            return evaluation | {"tasks": {"rows": [*rows, *low]}}
+
         def with_tasks(arm, names):
             runs = {}
             for seed, run in arm.runs.items():
@@ -475,6 +480,27 @@ class TestMeasures:
         assert [cell.text for cell in row[:3]] == ["facts: accuracy", "share", "0.250"]
         low, high = stats.ttest_1samp([0.5, 0.51, 0.52, 0.53, 0.54], 0).confidence_interval(0.95)
         assert row[3].line == f"0.520 [{low:.3f}, {high:.3f}]"
+        both = tuple(
+            dataclasses.replace(
+                arm,
+                runs={
+                    seed: dataclasses.replace(
+                        run, card=run.card | {"evaluation": two_precisions(run.card["evaluation"])}
+                    )
+                    for seed, run in arm.runs.items()
+                },
+            )
+            for arm in chosen
+        )
+        asked_of = dataclasses.replace(asked_of, arms=both, reference=both[0])
+        assert [r[0].text for r in arms_measures.tasks(asked_of).rows] == ["facts: accuracy"]
+        in_bf16 = dataclasses.replace(asked_of, precision="bf16")
+        assert [r[3].value for r in arms_measures.tasks(in_bf16).rows] == [pytest.approx(0.42)]
+        unasked = dataclasses.replace(asked_of, precision="mxfp4_w")
+        names = [r[0].text for r in arms_measures.tasks(unasked).rows]
+        assert names == ["facts: accuracy, float32", "facts: accuracy, bf16"]
+        in_validation = dataclasses.replace(asked_of, precision=arms.VALIDATION)
+        assert arms_measures.tasks(in_validation) is None
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from moelab import cli, data, evaluate, model, schema, scoring, task, tasks
+from moelab.data import mixture
 from moelab.data.tokenizer import Bytes
 from moelab.report import task_table
 from moelab.tasks import facts, minimal_pairs, seen_bigrams
@@ -52,10 +53,14 @@ def test_the_likeliest_choice_wins_and_ties_share():
     ]
     nats = [[9, 1.0], [9, 1.0], [9, 2.0]]  # a: the first two tie, so half
     nats += [[1.0, 1.0], [1.5]]  # b: 2.0 against 1.5 in all, 1.0 against 1.5 per token
-    nats += [[math.nan], [1.0]]  # c: not a number is never right
+    nats += [[math.nan], [1.0]]  # c: not a number says nothing
     nats = [np.array(n) for n in nats]
-    assert task.chosen_right(choices, nats, per_token=False).tolist() == [0.5, 0, 0]
-    assert task.chosen_right(choices, nats, per_token=True).tolist() == [0.5, 1, 0]
+    assert task.chosen_right(choices, nats, per_token=False)[:2].tolist() == [0.5, 0]
+    right = task.chosen_right(choices, nats, per_token=True)
+    assert right[:2].tolist() == [0.5, 1] and math.isnan(right[2])
+    for groups in ("abc", "aab"):
+        row = task.share_row("t", "m", right, groups, 0.5)
+        assert [math.isnan(number) for number in row[2:5]] == [True] * 3
 
 
 def test_a_long_context_loses_its_beginning_and_a_long_choice_is_dropped():
@@ -193,13 +198,54 @@ def test_memorisation_is_the_gap_between_splits(dataset):
     rows = {row.measure: row for row in made.answer(asked, nats)}
     assert rows["test minus training"].value == 1.0
     assert rows["test minus repeated training"].value == 2.5
-    # Only `code` repeats a text, and every document of that group is it.
+    # Only `code` repeats a text, and it counts once.
     repeated = [
         span.token_S.tobytes()
         for (name, _), span in zip(asked.about, asked.spans, strict=True)
         if name == "repeated"
     ]
-    assert len(set(repeated)) == 1 and len(repeated) == 10
+    assert len(repeated) == 1
+
+
+def test_memorisation_is_of_text_as_it_was_written(dataset):
+    """What an injector changed is left out, or noise would pass for the opposite of memory; a copy is text repeated."""
+    path = str(dataset.directory.parent.parent / "text")
+    section = schema.TextFolder(
+        path=path, inject=("token_noise share=0.5 rate=0.5", "duplicate share=0.2 copies=3")
+    )
+    dirty = data.build(section, schema.Byte(), cache=dataset.directory.parent)
+    made, asked = ask("memorisation", dirty, length=1000, documents=1000)  # whole documents
+    table = dirty.quality
+    texts = collections.Counter(
+        dirty.split("train").document(i).tobytes() for i in range(len(dirty.split("train")))
+    )
+    clean = sum(1 for k in table.kind_N if table.kinds[k] == "clean")
+    spans = collections.defaultdict(list)
+    for (name, _), span in zip(asked.about, asked.spans, strict=True):
+        spans[name].append(span.token_S.astype(np.uint16).tobytes())
+    assert 0 < len(spans["train"]) + len(spans["repeated"]) <= clean < len(table)
+    written = {
+        dataset.split("train").document(i).tobytes() for i in range(len(dataset.split("train")))
+    }
+    assert {*spans["train"], *spans["repeated"]} <= written
+    assert all(texts[text] == 1 for text in spans["train"])
+    assert spans["repeated"] and all(texts[text] > 1 for text in spans["repeated"])
+
+
+def test_tasks_see_the_pool_that_the_run_draws_from(dataset):
+    pool = mixture.pooled(dataset, schema.Mixture(unique_tokens=4000), 10**6)
+    train, all_of_it = pool.split("train"), dataset.split("train")
+    assert 3500 < train.num_tokens_N.sum() < 4500 < all_of_it.num_tokens_N.sum()
+    assert set(train.ids) < set(all_of_it.ids) and set(train.domain_N) == {0, 1}
+    chosen = np.flatnonzero(
+        mixture.subset(dataset, all_of_it, schema.Mixture(unique_tokens=4000), 10**6)
+    )
+    for new, old in enumerate(chosen.tolist()):
+        assert train.ids[new] == all_of_it.ids[old]
+        np.testing.assert_array_equal(train.document(new), all_of_it.document(old))
+    assert pool.split("test") is dataset.split("test")
+    _, asked = ask("memorisation", pool, documents=1000)
+    assert sum(name != "test" for name, _ in asked.about) <= len(train)
 
 
 def corpus_like():
@@ -310,11 +356,14 @@ def test_the_command_asks_a_run_and_the_card_keeps_what_it_asked(tmp_path, monke
     monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "cache"))
     text = tmp_path / "text"
     text.mkdir()
-    changes = dict(evaluation=dict(precisions=("float32",), tasks=("induction", "facts")))
+    changes = dict(
+        evaluation=dict(precisions=("float32", "nvfp4_wa"), tasks=("induction", "facts"))
+    )
     config = configs.from_dict(small_run.config_with(small_run.write_text(text), **changes))
     card = train.run(config, tmp_path / "run").card
     kept = card["evaluation"]["tasks"]
-    assert [row["task"] for row in kept["rows"]] == ["induction"]
+    asked = [(row["task"], row["precision"]) for row in kept["rows"]]
+    assert asked == [("induction", "float32"), ("induction", "nvfp4_wa")]
     assert "wants the corpus" in kept["left_out"]["facts"]
     assert "Beyond the loss" in (tmp_path / "run" / "RESULT.md").read_text()
     assert "facts was left out" in (tmp_path / "run" / "report.html").read_text()
@@ -324,6 +373,6 @@ def test_the_command_asks_a_run_and_the_card_keeps_what_it_asked(tmp_path, monke
     assert cli.main([*words, "--precisions=float32,nvfp4_wa"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["precision"] for row in found["rows"]] == ["float32", "nvfp4_wa"]
-    assert found["rows"][0] == kept["rows"][0]
+    assert found["rows"] == kept["rows"]
     assert cli.main([*words[:2], "--tasks=fact"]) == 2
     assert "did you mean --tasks=facts?" in capsys.readouterr().err

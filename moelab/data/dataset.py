@@ -75,6 +75,17 @@ class TokenSplit:
         start = self.offset_N[index]
         return self.tokens[self.domain_N[index]][start : start + self.num_tokens_N[index]]
 
+    def take(self, chosen_N: np.ndarray) -> TokenSplit:
+        """Returns a split of the documents that bool chosen_N marks, numbered anew; the tokens are not copied."""
+        ids = [self.ids[i].encode() for i in np.flatnonzero(chosen_N).tolist()]
+        columns = ("domain_N", "offset_N", "num_tokens_N", "num_bytes_N")
+        return dataclasses.replace(
+            self,
+            **{name: getattr(self, name)[chosen_N] for name in columns},
+            _id_bytes=np.frombuffer(b"".join(ids), np.uint8),
+            _id_stop_N=np.cumsum([len(one) for one in ids], dtype=np.int64),
+        )
+
     def of_domain(self, domain: int) -> np.ndarray:
         """Returns the indices of a domain's documents, which are consecutive."""
         first, last = np.searchsorted(self.domain_N, [domain, domain + 1])
@@ -140,6 +151,12 @@ class Dataset:
         from moelab.data.quality import table  # which imports this
 
         return table.read(self.directory)
+
+    def with_training(self, split: TokenSplit) -> Dataset:
+        """Returns the dataset with another training split; manifest and `quality` stay those of the whole."""
+        found = dataclasses.replace(self)
+        found.__dict__["_splits"] = self._splits | {"train": split}  # as cached_property does
+        return found
 
     @functools.cached_property
     def _splits(self) -> dict[str, TokenSplit]:

@@ -135,6 +135,12 @@ def subset(
     return chosen_N
 
 
+def pooled(dataset: Dataset, settings: schema.Mixture, tokens: int) -> Dataset:
+    """Returns the dataset with only the pool in its training split; arguments as for `subset`."""
+    train = dataset.split("train")
+    return dataset.with_training(train.take(subset(dataset, train, settings, tokens)))
+
+
 def _origins(dataset: Dataset) -> dict[tuple[str, str], str]:
     """Returns {(domain, id of a copy): id of its original}."""
     table = dataset.quality

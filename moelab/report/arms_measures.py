@@ -52,15 +52,20 @@ def domains(comparison: Comparison) -> Table | None:
 
 
 def tasks(comparison: Comparison) -> Table | None:
-    """Tells the tasks of which every run has a row, a line per measure and a column per arm; None without any."""
+    """Tells the tasks of which every run has a row, a line per measure and a column per arm; None without any.
+
+    Of the comparison's precision; of all precisions where the tasks were not asked in it.
+    """
     found = {arm.name: _task_values(arm) for arm in comparison.arms}
     shared = [
         key
         for key in found[comparison.reference.name]
         if all(key in have for have in found.values())
     ]
-    if not shared:
+    if not shared or comparison.precision == VALIDATION:
         return None
+    asked_in = {precision for _, _, precision in shared} & {comparison.precision}
+    shared = [key for key in shared if not asked_in or key[2] in asked_in]
     body = []
     for key in shared:
         task, measure, precision = key
@@ -69,7 +74,7 @@ def tasks(comparison: Comparison) -> Table | None:
             (
                 Cell(
                     f"{task.replace('_', ' ')}: {measure}"
-                    + (f", {precision}" if precision != "float32" else "")
+                    + (f", {precision}" if precision != comparison.precision else "")
                 ),
                 Cell(row["unit"], row["unit"]),
                 Cell(fmt.fixed(row["chance"], 3), fmt.number(row["chance"])),

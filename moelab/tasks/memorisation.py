@@ -1,11 +1,12 @@
 """Memorisation: how much less text costs that the model was trained on, and text that it saw many times.
 
 The gap is the nats per token of held-out documents minus those of training documents, domain by domain and averaged
-over domains, with an interval from resampled documents. Documents that occur more than once in the training split, as
-under data.inject, are a row of their own.
+over domains, with an interval from resampled documents. Texts that occur more than once in what the run draws from, as
+under data.inject, are a row of their own, and count once each.
 
-Training documents are taken from the whole training split, also those that a run of less than an epoch, or on a part of
-the text (`mixture.unique_tokens`), has not met: there the gap is smaller than that of what it met.
+Held-out text is as it was written, so training documents are too: what an injector changed or brought is left out.
+They are of the pool that the run draws from (`mixture.unique_tokens`); a run of less than a pass has not met all of it,
+and its gap is smaller than that of what it met.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moelab import task
+from moelab.data.quality.contract import CLEAN
 
 RESAMPLES = 2000
 
@@ -34,19 +36,22 @@ class Task:
 
     def ask(self, dataset, length: int) -> task.Asked:
         """Takes the beginnings of documents."""
-        groups = {"test": self._documents(dataset, "test", None)}
-        repeated = _repeated(dataset)
-        groups["train"] = self._documents(dataset, "train", ~repeated)
-        if repeated.any():
-            groups["repeated"] = self._documents(dataset, "train", repeated)
-        if not groups["test"] or not groups["train"]:
-            raise task.TaskError("memorisation wants documents in the training and the test split")
+        test, train = dataset.split("test"), dataset.split("train")
+        once_N, repeated_N = _occurrences(train, _as_written(dataset, train))
+        groups = {
+            "test": (test, np.ones(len(test), bool)),
+            "train": (train, once_N),
+            "repeated": (train, repeated_N),
+        }
         spans, about = [], []
-        for name, found in groups.items():
-            part = dataset.split("test" if name == "test" else "train")
-            for index, i in found:
-                spans.append(task.Span(part.document(i)[:length].astype(np.int32), index))
-                about.append((name, index))
+        for name, (part, allowed_N) in groups.items():
+            for index in range(len(dataset.domains)):
+                order = [i for i in part.by_hash(index).tolist() if allowed_N[i]]
+                for i in order[: self.documents]:
+                    spans.append(task.Span(part.document(i)[:length].astype(np.int32), index))
+                    about.append((name, index))
+        if not {"test", "train"} <= {name for name, _ in about}:
+            raise task.TaskError("memorisation wants documents in the training and the test split")
         return task.Asked(spans, about)
 
     def answer(self, asked: task.Asked, nats: Sequence[np.ndarray]) -> list[task.Row]:
@@ -74,24 +79,29 @@ class Task:
             "memorisation", measure, float(value), float(low), float(high), 0.0, count, "nats per token"
         )  # fmt: skip
 
-    def _documents(self, dataset, split: str, allowed_N) -> list[tuple[int, int]]:
-        part, found = dataset.split(split), []
-        for index in range(len(dataset.domains)):
-            order = [i for i in part.by_hash(index).tolist() if allowed_N is None or allowed_N[i]]
-            found += [(index, i) for i in order[: self.documents]]
-        return found
+
+def _as_written(dataset, train) -> np.ndarray:
+    """Marks the training documents whose text no injector changed or brought: bool (N,). Copies of them count."""
+    table = dataset.quality
+    if table is None:
+        return np.ones(len(train), bool)
+    kept = np.flatnonzero(table.kept_N).tolist()
+    kind = {(table.domain_N[i], table.ids[i]): table.kinds[table.kind_N[i]] for i in kept}
+    names = zip(train.domain_N, train.ids, strict=True)
+    return np.array([kind[name] in (CLEAN, "duplicate") for name in names], bool)
 
 
-def _repeated(dataset) -> np.ndarray:
-    """Training documents whose text occurs more than once in the training split: bool (N,)."""
-    part = dataset.split("train")
-    by_text: dict[bytes, list[int]] = {}
-    for i in range(len(part)):
-        by_text.setdefault(np.asarray(part.document(i)).tobytes(), []).append(i)
-    marks = np.zeros(len(part), bool)
+def _occurrences(train, allowed_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Marks, of the allowed documents, those whose text occurs once, and one of each text that occurs more often."""
+    by_text: dict[tuple[int, bytes], list[int]] = {}
+    for i in range(len(train)):
+        text = np.asarray(train.document(i)).tobytes()
+        by_text.setdefault((int(train.domain_N[i]), text), []).append(i)
+    once_N, repeated_N = np.zeros(len(train), bool), np.zeros(len(train), bool)
     for places in by_text.values():
-        marks[places] = len(places) > 1
-    return marks
+        if allowed := [i for i in places if allowed_N[i]]:
+            (once_N if len(places) == 1 else repeated_N)[allowed[0]] = True
+    return once_N, repeated_N
 
 
 def _mean(cost_D2: np.ndarray) -> float:
