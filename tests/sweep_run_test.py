@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import run_directory
@@ -386,32 +387,70 @@ def test_without_slurm_it_is_said(made, monkeypatch):
         sweep.submit(made.directory(), 1)
 
 
+@pytest.mark.parametrize(("jobs", "at_a_time"), [(None, 3), (2, 2)])
+def test_an_array_has_no_limit_but_that_of_jobs(made, monkeypatch, jobs, at_a_time):
+    submitit = pytest.importorskip("submitit")
+    asked = {}
+
+    class Executor(submitit.AutoExecutor):
+        def __init__(self, folder, cluster):
+            asked["cluster"] = cluster
+            super().__init__(folder, cluster="local")
+
+        def update_parameters(self, **parameters):
+            asked.update(parameters)
+
+        def submit(self, job):
+            return SimpleNamespace(job_id=job.task.key)
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
+    ids = sweep.submit(made.directory(), jobs, command_of=made.command)
+    assert ids == ["slurm:0", "slurm:1", "slurm:2"]
+    assert (asked["cluster"], asked["slurm_array_parallelism"]) == ("slurm", at_a_time)
+
+
+NEAR_ITS_END = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from moelab.sweep import cluster, local
+
+log = Path(sys.argv[1])
+run = "import signal, sys, time\\ndef save(*_):\\n    print('saved', flush=True)\\n    sys.exit(75)\\n"
+run += "signal.signal(signal.SIGTERM, save)\\nprint('up', flush=True)\\ntime.sleep(600)"
+job = cluster.Job(local.Task(0, (sys.executable, "-c", run), log))
+
+def slurm_says(*_):  # as submitit's handler: in the main thread, within job()
+    again = job.checkpoint()
+    assert again.function.task == job.task and "saved" in log.read_text()
+    print("asked for another")
+    sys.exit(3)
+
+signal.signal(signal.SIGUSR2, slurm_says)
+
+def wait_and_signal():
+    while not log.exists() or "up" not in log.read_text():
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGUSR2)
+
+threading.Thread(target=wait_and_signal, daemon=True).start()
+job()
+"""
+
+
 def test_a_job_near_its_end_stops_the_run_and_asks_for_another(tmp_path):
     pytest.importorskip("submitit")
-    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-    code += "print('up', flush=True); time.sleep(600)"
-    job = cluster.Job(local.Task(0, (sys.executable, "-c", code), tmp_path / "log"))
-    import threading
+    words = [sys.executable, "-c", NEAR_ITS_END, str(tmp_path / "log")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout) == (3, "asked for another\n"), done.stderr
 
-    failures = []
 
-    def call():
-        try:
-            job()
-        except RuntimeError as error:
-            failures.append(str(error))
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    end = time.monotonic() + 20
-    while not (tmp_path / "log").exists() or "up" not in (tmp_path / "log").read_text():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    job.process.send_signal(signal.SIGUSR2)  # Slurm's; the run does not notice
-    again = job.checkpoint()
-    thread.join(timeout=20)
-    assert failures == [f"exit code 75; see {tmp_path / 'log'}"]
-    assert again.function.task == job.task
+def test_a_job_of_an_array_that_fails_says_where_to_look(tmp_path):
+    job = cluster.Job(
+        local.Task(0, (sys.executable, "-c", "raise SystemExit(7)"), tmp_path / "log")
+    )
+    with pytest.raises(RuntimeError, match=f"exit code 7; see {tmp_path / 'log'}"):
+        job()
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def sweep(args: argparse.Namespace) -> int:
     with Display(directory, not args.json) as display:
         stopped = sweeps.run(
             directory,
-            args.jobs,
+            args.jobs or 1,
             retry=args.retry,
             drop_checkpoints=args.drop_checkpoints,
             note=display.note,
@@ -106,8 +106,12 @@ def _headline(directory, costs: _Costs, args: argparse.Namespace) -> str:
         seconds = costs.seconds(left)
         if seconds is None:
             text += "; no time is known before one has finished here"
+        elif args.slurm:
+            text += f", about {fmt.duration(seconds)} one after the other, as here"
+            text += f" (from {costs.rate.runs} finished)"
         else:
-            text += f", about {fmt.duration(seconds / args.jobs)} with --jobs={args.jobs}"
+            jobs = args.jobs or 1
+            text += f", about {fmt.duration(seconds / jobs)} with --jobs={jobs}"
             text += f" (from {costs.rate.runs} finished)"
     if directory.others:
         text += f"; {len(directory.others)} points of earlier commands are kept"

@@ -18,7 +18,13 @@ def declare(commands) -> None:
         ("sweep", words.names, (), "A,B", "generators of the config file; several multiply"),
         ("seeds", words.seeds, (), "0-4", "also every seed of a list: 0,1,2 or 0-4"),
         ("workdir", str, "", "DIR", "sweep directory (runs/FILE-SWEEPS)"),
-        ("jobs", words.positive, 1, "N", "runs at a time, each on its share of the cores (1)"),
+        (
+            "jobs",
+            words.positive,
+            None,
+            "N",
+            "runs at a time: here 1, each on its share of the cores",
+        ),
     ):
         sweep.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
     for name, text in (

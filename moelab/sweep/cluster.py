@@ -6,6 +6,7 @@ job is queued again, to go on from there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -38,19 +39,23 @@ class Job:
         return code
 
     def checkpoint(self):
-        """Stops the run, which saves its state, and asks for another job that goes on."""
+        """Stops the run, which saves its state, and asks for another job that goes on.
+
+        submitit calls this in a signal handler, within __call__'s wait(), which holds the lock of a second wait().
+        """
         import submitit
 
         if self.process is not None:
             self.process.terminate()
-            self.process.wait()
+            with contextlib.suppress(ChildProcessError):  # it had ended, and wait() has its code
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(Job(self.task))
 
 
 def submit(
-    tasks: Sequence[Task], folder: Path, jobs: int, cluster: str, parameters: dict[str, Any]
+    tasks: Sequence[Task], folder: Path, jobs: int | None, cluster: str, parameters: dict[str, Any]
 ) -> list[str]:
-    """Submits tasks as one array of which `jobs` run at a time; returns their ids.
+    """Submits tasks as one array of which `jobs` run at a time (None: as many as there is room for); returns their ids.
 
     Raises:
       SweepError: submitit or the cluster is missing, or a parameter is unknown.
@@ -61,7 +66,7 @@ def submit(
         raise SweepError(_MISSING) from None
     try:
         executor = submitit.AutoExecutor(folder=_folder(folder), cluster=cluster)
-        limit = {"slurm_array_parallelism": jobs} if cluster == "slurm" else {}
+        limit = {"slurm_array_parallelism": jobs or len(tasks)} if cluster == "slurm" else {}
         executor.update_parameters(**{"name": "moelab", **limit, **parameters})
         with executor.batch():
             submitted = [executor.submit(Job(task)) for task in tasks]

@@ -127,7 +127,7 @@ def _appended(log: Path) -> Iterator[Any]:
 
 def submit(
     directory: Directory,
-    jobs: int,
+    jobs: int | None,
     *,
     retry: bool = False,
     cluster_name: str = "slurm",
@@ -139,7 +139,7 @@ def submit(
 
     Args:
       directory: the sweep directory, on a file system that the nodes share.
-      jobs: how many run at a time.
+      jobs: how many run at a time; None: as many as the cluster has room for.
       retry: submit failed points again.
       cluster_name: slurm; or submitit's local and debug, for trying things out.
       parameters: of submitit, as timeout_min or slurm_partition.
