@@ -1,7 +1,7 @@
 """Sweeps' running: skipped, retried, interrupted, killed; with a stand-in for `moelab run`, once with the real one."""
 
-import functools
 import contextlib
+import functools
 import json
 import os
 import signal
