@@ -2,10 +2,11 @@
 
     python bench/quant_study.py run [--seeds 0 1 2] [--jobs 1] [--workdir runs/quant]
     python bench/quant_study.py collect [--workdir runs/quant]
+    python bench/quant_study.py show
 
 A chain per model and seed: the high-precision run, post-training quantization of it by every method, then what goes on
 from it and what trains from nothing. `run` skips what is finished. `collect` writes experiments/baselines/quant.json,
-the tables and experiments/quant.png.
+the tables and experiments/quant.png; `show` makes tables and picture anew of that file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import batch  # noqa: E402
 
+NUMBERS = ROOT / "experiments" / "baselines" / "quant.json"
 CONFIG = "experiments/quant/study.py"
 MODELS = ("moe", "dense")
 FROM_NOTHING = ("nvfp4_training", "fp8_block")
@@ -102,8 +104,16 @@ def collect(options) -> int:
     import quant_tables
 
     found = quant_tables.gather(options.workdir)
-    target = ROOT / "experiments" / "baselines" / "quant.json"
-    target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    NUMBERS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return show(options)
+
+
+def show(options) -> int:
+    """Writes the tables and the picture of the numbers."""
+    import quant_tables
+
+    del options
+    found = json.loads(NUMBERS.read_text(encoding="utf-8"))
     batch.replace_generated(
         ROOT / "experiments" / "README.md", "quant_study", quant_tables.tables(found)
     )
@@ -115,7 +125,7 @@ def main() -> int:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for name, function in (("run", run), ("collect", collect)):
+    for name, function in (("run", run), ("collect", collect), ("show", show)):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("--workdir", type=Path, default=ROOT / "runs" / "quant")

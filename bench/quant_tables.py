@@ -1,7 +1,8 @@
 """What the runs of quant_study.py say: numbers with intervals, Markdown tables, a picture.
 
-Post-training rows are differences to the same checkpoint in float32, seeds then documents resampled, where the table
-of documents is there, else paired over seeds. Training rows are paired over seeds (Student's t).
+Every interval is Student's t over paired seeds: post-training rows are differences to the same checkpoint in float32,
+training rows to the control of the same seed. The documents are the same for all, and what others would give is not in
+the intervals.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import quant_study as study
 
 from moelab.quant import recipes
-from moelab.report import documents, statistics
+from moelab.report import statistics
 
 ALL = "all"
 # (a, b): is b better than a? Paired directly, which two intervals against float32 do not tell.
@@ -25,7 +26,6 @@ CONTRASTS = (
     ("mxfp4", "mxfp4_even"),
     ("mxfp4_ceil", "mxfp4"),
 )
-DOCUMENTS = "documents.parquet"
 
 
 def gather(workdir: Path) -> dict:
@@ -40,7 +40,7 @@ def gather(workdir: Path) -> dict:
             "seeds": seeds,
             "float32": [_bits(_card(workdir, model, "", s), "float32") for s in seeds],
             "formats": formats,
-            "contrasts": _contrasts(workdir, model, seeds),
+            "contrasts": _contrasts(formats),
             "methods": _methods(workdir, model, seeds),
             "training": _training(workdir, model, seeds, formats),
         }
@@ -63,21 +63,18 @@ def _bits(card: dict, precision: str) -> float:
 def _formats(workdir: Path, model: str, seeds: list[int]) -> list[dict]:
     """Round to nearest in every format, on the high-precision runs."""
     cards = [_card(workdir, model, "", s) for s in seeds]
-    tables = [
-        documents.read(study.directory(workdir, model, "", s) / documents.NAME) for s in seeds
-    ]
     rows = []
     for name in (row["precision"] for row in cards[0]["evaluation"]["rows"]):
         if name == "float32":
             continue
-        interval = statistics.seeds_then_documents(tables, "float32", name)
+        by_seed = [_bits(c, name) - _bits(c, "float32") for c in cards]
         own = [_row(card, name) for card in cards]
         rows.append(
             {
                 "precision": name,
                 "label": recipes.get(name).label,
-                "difference": interval._asdict(),
-                "by_seed": [_bits(c, name) - _bits(c, "float32") for c in cards],
+                "difference": _t(by_seed),
+                "by_seed": by_seed,
                 "expert_bytes": own[0]["expert_bytes"],
                 "router_agreement": plain_statistics.fmean(r["router_agreement"] for r in own),
             }
@@ -85,18 +82,17 @@ def _formats(workdir: Path, model: str, seeds: list[int]) -> list[dict]:
     return rows
 
 
-def _contrasts(workdir: Path, model: str, seeds: list[int]) -> list[dict]:
+def _contrasts(formats: list[dict]) -> list[dict]:
     """Round to nearest, format against format."""
-    tables = [
-        documents.read(study.directory(workdir, model, "", s) / documents.NAME) for s in seeds
-    ]
+    by_seed = {row["precision"]: row["by_seed"] for row in formats}
     rows = []
     for a, b in CONTRASTS:
         for ending in ("w", "wa"):
             names = f"{a}_{ending}", f"{b}_{ending}"
-            if all(name in tables[0].nats for name in names):
-                interval = statistics.seeds_then_documents(tables, *names)
-                rows.append({"a": names[0], "b": names[1], "difference": interval._asdict()})
+            if by_seed.keys() >= set(names):
+                pairs = zip(*(by_seed[name] for name in names), strict=True)
+                difference = _t([y - x for x, y in pairs])
+                rows.append({"a": names[0], "b": names[1], "difference": difference})
     return rows
 
 
@@ -113,32 +109,26 @@ def _methods(workdir: Path, model: str, seeds: list[int]) -> list[dict]:
             for scheme in study.SCHEMES:
                 rows.append(
                     {"format": format, "method": method, "scheme": scheme}
-                    | _method(reports, folders, scheme)
+                    | _method(reports, scheme)
                 )
     return rows
 
 
-def _method(reports: list[dict], folders: list[Path], scheme: str) -> dict:
+def _method(reports: list[dict], scheme: str) -> dict:
     found = [next(r for r in report["rows"] if r["name"] == scheme) for report in reports]
     by_seed = [r["bits_per_byte_difference"]["estimate"] for r in found]
-    tables = [folder / DOCUMENTS for folder in folders]
-    if all(table.is_file() for table in tables):
-        read = [documents.read(table) for table in tables]
-        interval = statistics.seeds_then_documents(read, "float32", scheme)._asdict()
-    else:
-        interval = _t([0.0] * len(by_seed), by_seed)
     return {
-        "difference": interval,
+        "difference": _t(by_seed),
         "by_seed": by_seed,
         "kl": plain_statistics.fmean(r["kl"]["mean"] for r in found),
     }
 
 
-def _t(a: list[float], b: list[float]) -> dict:
-    """Mean of b - a and its paired t interval; without one for a single pair."""
-    if len(a) < 2:
-        return {"estimate": b[0] - a[0], "low": None, "high": None}
-    found = statistics.paired_t(a, b)
+def _t(difference: list[float]) -> dict:
+    """The mean over seeds and its t interval; without one for a single seed."""
+    if len(difference) < 2:
+        return {"estimate": difference[0], "low": None, "high": None}
+    found = statistics.paired_t([0.0] * len(difference), difference)
     return {"estimate": found.mean, "low": found.low, "high": found.high}
 
 
@@ -156,8 +146,8 @@ def _training(workdir: Path, model: str, seeds: list[int], formats: list[dict]) 
         for precision in (r["precision"] for r in pairs[0][1]["evaluation"]["rows"]):
             if method == "more" and precision == "float32":
                 continue
-            float32 = [_bits(a, "float32") for a, _ in pairs]
             mine = [_bits(b, precision) for _, b in pairs]
+            by_seed = [bits - _bits(a, "float32") for bits, (a, _) in zip(mine, pairs, strict=True)]
             rows.append(
                 {
                     "method": method,
@@ -165,8 +155,8 @@ def _training(workdir: Path, model: str, seeds: list[int], formats: list[dict]) 
                     "precision": precision,
                     "seeds": len(pairs),
                     "bits_per_byte": plain_statistics.fmean(mine),
-                    "difference": _t(float32, mine),
-                    "by_seed": [b - a for a, b in zip(float32, mine, strict=True)],
+                    "difference": _t(by_seed),
+                    "by_seed": by_seed,
                 }
             )
     return {"rows": rows, "recovered": _recovered(rows, formats)}
@@ -189,7 +179,8 @@ def _recovered(rows: list[dict], formats: list[dict]) -> list[dict]:
                 row = by.get((f"{format}_{kind}", f"{format}_{scheme}"))
                 if base is None or row is None or len(row["by_seed"]) != len(base["by_seed"]):
                     continue
-                saved = _t(row["by_seed"], base["by_seed"])
+                pairs = zip(row["by_seed"], base["by_seed"], strict=True)
+                saved = _t([b - a for a, b in pairs])
                 lost = plain_statistics.fmean(base["by_seed"])
                 found.append(
                     {

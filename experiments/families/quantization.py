@@ -15,11 +15,12 @@ one tuned for routing.py: its reference is this one. For NVFP4 QAT of the MoE it
 Lab book
   machine    2 cores of an AMD EPYC (AVX-512), two runs at a time, jax 0.12.0.1
   wall time  75 to 85 s of training a run, NVFP4 training 110 to 140 s, and 15 to 25 s of evaluation
-  result     at this size there is nothing to give back: rounding a MoE trained in float32 to NVFP4 takes 0.0017 bits
-             per byte (2.1024 to 2.1040), to MXFP4 0.0037; QAT against that -0.0006 [-0.0017, +0.0005] and -0.0005
-             [-0.0012, +0.0003], none. For the dense control NVFP4 QAT is worse than rounding, +0.0015 [+0.0008,
-             +0.0022], Holm p 0.006. NVFP4 training +0.0051 [-0.0074, +0.0175] (MoE), +0.0075 [+0.0006, +0.0143]
-             (dense). In NVFP4 as in float32 the MoE is below its dense control, 2.1040 against 2.1197
+  result     at this size there is nothing to give back: rounding a MoE trained in float32 to NVFP4 takes 0.0016
+             [0.0012, 0.0020] bits per byte, to MXFP4 0.0036 [0.0029, 0.0044], 0.0021 [0.0012, 0.0029] more (dense
+             control 0.0041 [0.0034, 0.0048] more); QAT against that -0.0006 [-0.0017, +0.0005] and -0.0005 [-0.0012,
+             +0.0003], none. For the dense control NVFP4 QAT is worse than rounding, +0.0015 [+0.0008, +0.0022], Holm
+             p 0.006. NVFP4 training +0.0051 [-0.0074, +0.0175] (MoE), +0.0075 [+0.0006, +0.0143] (dense). In NVFP4
+             as in float32 the MoE is below its dense control, 2.1040 against 2.1197
   date       2026-11-30
 """
 

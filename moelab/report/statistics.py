@@ -146,59 +146,6 @@ def _difference(
     return ratio_difference(*(column[chosen_D] for column in columns))
 
 
-def seeds_then_documents(
-    runs: Sequence[Documents],
-    reference: str,
-    variant: str,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
-) -> Interval:
-    """Bootstraps the bits per byte of `variant` minus those of `reference`, averaged over runs of several seeds.
-
-    Two stages: runs are resampled, then within each drawn run its documents, within their domains. For differences
-    between precisions of one checkpoint, such as post-training quantization. With few runs the interval is too short,
-    as every bootstrap over few units is; three runs are few.
-
-    Args:
-      runs: Documents of each run.
-      reference, variant: precisions that all of them have.
-      resamples: of the bootstrap.
-      seed: of the resampling.
-
-    Returns:
-      The mean over runs and its 95 % percentile interval.
-
-    Raises:
-      ValueError: no runs, or a precision that one lacks.
-    """
-    if not runs:
-        raise ValueError("an average over runs wants at least one run")
-    rng, count = np.random.default_rng(seed), len(runs)
-    estimates, drawn = [], []
-    for documents in runs:
-        for name in (reference, variant):
-            if name not in documents.nats:
-                raise ValueError(f"no precision {name!r}; choose from {documents.precisions}")
-        difference_D = documents.nats[variant] - documents.nats[reference]
-        weight_D = documents.bytes_D * math.log(2.0)
-        estimates.append(float(difference_D.sum() / weight_D.sum()))
-        top, bottom = np.zeros(resamples * count), np.zeros(resamples * count)
-        for domain in documents.domains:
-            (member,) = np.nonzero(documents.domain_D == domain)
-            times = rng.multinomial(
-                member.size, np.full(member.size, 1 / member.size), size=resamples * count
-            )
-            top += times @ difference_D[member]
-            bottom += times @ weight_D[member]
-        drawn.append((top / bottom).reshape(resamples, count))
-    chosen = rng.integers(0, count, (resamples, count))
-    place = np.indices(chosen.shape)
-    means = np.asarray(drawn)[chosen, place[0], place[1]].mean(axis=1)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(np.mean(estimates)), float(low), float(high))
-
-
 def paired_t(a: Sequence[float], b: Sequence[float]) -> PairedT:
     """Tests paired values, such as two arms that share seeds, with Student's t.
 
