@@ -1,12 +1,14 @@
 """Runs a committed baseline again: the same seed must land within the measured drift, a new one within its prediction.
 
 The drift is what the same seed gave on other machines or core counts (experiments/baselines/drift.json): sums in
-another order, carried through a training. On the machine that made a card a run is bit-exact.
+another order, carried through a training. It grows with the training, so that runs of as many tokens are asked, of
+whatever family. On the machine that made a card a run is bit-exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from scipy import stats
 from moelab import config as configs
 from moelab import launch, schema
 from moelab.report import baselines, paired
+from moelab.report import card as cards
 from moelab.report.arms import VALIDATION
 from moelab.report.documents import ALL
 from moelab.report.runs import REFERENCE, ReportError
@@ -67,13 +70,15 @@ def rerun(
     Args:
       name: FAMILY/ARM.
       seed: one of the arm's, or a new one; None: its first.
-      workdir: of the run; empty: runs/rerun-FAMILY-ARM-sSEED.
+      workdir: of the run, which goes on there if it was interrupted; empty: runs/rerun-FAMILY-ARM-sSEED, with a number
+        behind it where such a run has ended.
       folder: of the baselines.
       progress: draw a progress bar.
       command: recorded in the new card.
 
     Raises:
-      ReportError: no such baseline; made under another schema of configs, or on other data.
+      ReportError: no such baseline; made under another schema of configs, or on other data; workdir holds a finished
+        run, whose card would be read, not made.
       ConfigError: the run cannot be made.
     """
     path = baselines.find(name, folder)
@@ -83,13 +88,24 @@ def rerun(
     card = entries[seed if seed in entries else min(entries)]["card"]
     _check_schema(entries, path)
     config = configs.from_dict({**card["config"], "seed": seed})
-    directory = Path(workdir or Path("runs") / f"rerun-{name.replace('/', '-')}-s{seed}")
+    directory = Path(workdir) if workdir else _unused(f"rerun-{name.replace('/', '-')}-s{seed}")
+    if (directory / cards.NAME).exists():
+        raise ReportError(
+            f"{directory}: holds a run that has ended; a re-run wants a new --workdir"
+        )
     result = launch.run(config, directory, progress=progress, command=command)
     if result.card is None:
         raise ReportError(f"{directory}: the run stopped with exit code {result.exit_code}")
     _check_data(card, result.card, path)
     precision = _precision(name, folder)
     return judge(name, seed, entries, result.card, precision, drifts(folder), directory)
+
+
+def _unused(stem: str) -> Path:
+    """The first folder runs/STEM, runs/STEM-2, ... without a run that has ended."""
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    paths = (Path("runs") / name for name in names)
+    return next(path for path in paths if not (path / cards.NAME).exists())
 
 
 def _check_schema(entries: Mapping[int, Mapping], path: Path) -> None:
@@ -139,25 +155,30 @@ def judge(
 ) -> Rerun:
     """Judges a new card against an arm's cards.
 
-    The same seed: on a machine of the same kind it must be equal; elsewhere |difference| <= t(0.975, n) rms of the n
-    drifts measured in the family, so that one in twenty falls outside by chance. Where none was measured, and for a new
-    seed: within the 95 % prediction interval of the arm's seeds.
+    The same seed: |difference| <= t(0.975, n) rms of the n drifts between machines measured in runs of as many tokens,
+    so that one in twenty falls outside by chance; the rule says where a machine of the card's own kind, which should be
+    bit-exact, was not. Where none was measured such a machine must be equal, and another is judged like a new seed:
+    within the 95 % prediction interval of the arm's seeds.
     """
     found = bits(card, precision)
     if seed not in entries:
         return _as_new_seed(name, seed, entries, found, precision, directory)
     old = entries[seed]["card"]
     stated = bits(old, precision)
-    known = [float(d["difference"]) for d in drift if d["family"] == name.partition("/")[0]]
-    if known:  # a kind of machine has more than one member
-        bound, rule = _drift_bound(known), f"the drift measured {len(known)} times"
-    elif machine(old) == machine(card):
+    tokens = card["training"]["tokens"]
+    known = [float(d["difference"]) for d in drift if d["tokens"] == tokens]
+    alike, equal = machine(old) == machine(card), abs(found - stated) <= _SAME
+    if alike and (equal or not known):
         bound, rule = _SAME, "bit-exact: the same kind of machine"
+    elif known:
+        bound = _drift_bound(known)
+        rule = (
+            f"the drift between machines, measured {len(known)} times in runs of {tokens:,} tokens"
+        )
+        rule += "; not bit-exact, though the machine is of the same kind" if alike else ""
     else:
         judged = _as_new_seed(name, seed, entries, found, precision, directory)
-        rule = (
-            f"{judged.rule}; no drift between machines has been measured, --record writes this one"
-        )
+        rule = f"{judged.rule}; no drift has been measured in runs of {tokens:,} tokens, --record writes this one"
         return dataclasses.replace(judged, rule=rule, difference=found - stated)
     expected = Interval(stated, stated - bound, stated + bound)
     passed = abs(found - stated) <= bound
@@ -201,9 +222,9 @@ def record(
     if old is None or machine(old) == machine(card):
         return False
     entry = {
-        "family": found.name.partition("/")[0],
         "name": found.name,
         "seed": found.seed,
+        "tokens": card["training"]["tokens"],
         "difference": found.difference,
         "from": machine(old),
         "to": machine(card),

@@ -275,22 +275,31 @@ class TestJudgement:
     def card(self, seed, value, **environment):
         row = {"precision": "float32", "bits_per_byte": {"all": value}}
         machine = {"cpu": "a", "simd": "avx2", "cores": 2} | environment
-        return {"seeds": {"seed": seed}, "evaluation": {"rows": [row]}, "environment": machine}
+        return {
+            "seeds": {"seed": seed},
+            "evaluation": {"rows": [row]},
+            "environment": machine,
+            "training": {"tokens": 1000},
+        }
 
     def judge(self, seed, value, drift=(), **environment):
-        drift = [{"family": "f", "difference": d} for d in drift]
+        drift = [{"tokens": 1000, "difference": d} for d in drift]
         entries, card = self.entries([2.0, 2.1, 2.3]), self.card(seed, value, **environment)
         return rerun.judge("f/x", seed, entries, card, "float32", drift)
 
     def test_the_same_machine_is_bit_exact(self):
         assert self.judge(0, 2.0).passed and not self.judge(0, 2.0001).passed
+        assert "bit-exact" in self.judge(0, 2.0, drift=(0.001,)).rule
 
     def test_another_machine_is_judged_by_the_drift_that_was_measured(self):
         # Two drifts of 0.001: rms 0.001, t(0.975, 2) = 4.302653.
         found = self.judge(0, 2.004, drift=(0.001, -0.001), cores=1)
         assert found.passed and found.expected.high == pytest.approx(2.004303, abs=1e-6)
         assert not self.judge(0, 2.0044, drift=(0.001, -0.001), cores=1).passed
-        assert self.judge(0, 2.0044, drift=(0.001, -0.001)).rule == "the drift measured 2 times"
+        text = "the drift between machines, measured 2 times in runs of 1,000 tokens"
+        assert found.rule == text
+        alike = self.judge(0, 2.004, drift=(0.001, -0.001))
+        assert alike.passed and alike.rule.startswith(f"{text}; not bit-exact, though")
         assert self.judge(0, 2.0000009, drift=(1e-12,), cores=1).passed  # rounding
 
     def test_without_a_measured_drift_another_machine_s_run_is_judged_like_a_new_seed(self):
@@ -299,8 +308,8 @@ class TestJudgement:
         assert found.difference == pytest.approx(0.8) and "no drift" in found.rule
         assert not self.judge(0, 2.9, cores=1).passed
 
-    def test_drifts_of_other_families_do_not_count(self):
-        drift = [{"family": "g", "difference": 1.0}]
+    def test_drifts_of_longer_runs_do_not_count(self):
+        drift = [{"tokens": 2000, "difference": 1.0}]
         card = self.card(0, 2.5, cores=1)
         assert rerun.judge("f/x", 0, self.entries([2.0]), card, "float32", drift).passed is None
 
@@ -320,7 +329,27 @@ class TestJudgement:
         assert rerun.record(found, entries, card, folder)
         assert not rerun.record(found, entries, self.card(0, 2.01), folder)
         (kept,) = rerun.drifts(folder)
-        assert kept["difference"] == 0.01 and kept["to"]["simd"] == "avx512f"
+        assert (kept["difference"], kept["tokens"]) == (0.01, 1000) and kept["to"][
+            "simd"
+        ] == "avx512f"
+
+    def test_a_finished_run_is_not_taken_for_a_new_one(self, two_arms, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        card = baselines.read_arm(baselines.find("a/plain", two_arms))[0]["card"]
+        used = []
+
+        def launched(config, directory, **options):
+            used.append(directory.name)
+            directory.mkdir(parents=True)
+            cards.write(card, directory)
+            return SimpleNamespace(card=card, exit_code=0)
+
+        monkeypatch.setattr(rerun.launch, "run", launched)
+        for _ in range(3):
+            rerun.rerun("a/plain", folder=two_arms)
+        assert used == ["rerun-a-plain-s0", "rerun-a-plain-s0-2", "rerun-a-plain-s0-3"]
+        with pytest.raises(ReportError, match="a run that has ended; .*new --workdir"):
+            rerun.rerun("a/plain", folder=two_arms, workdir="runs/rerun-a-plain-s0")
 
     def test_an_arm_of_a_tuning_is_judged_by_its_card_s_split(self, two_arms, monkeypatch):
         path = two_arms / baselines.FAMILIES

@@ -25,7 +25,7 @@ each table.
     moelab verify --rerun FAMILY/ARM                            # run it again: must land within the drift
     moelab verify --rerun FAMILY/ARM --seed=7                   # another seed: within the prediction interval
 
-The drift is what the same seed gave on other kinds of machine, measured family by family (`drift.json`, 95 %); where
+The drift is what the same seed gave on other kinds of machine in runs of as many tokens (`drift.json`, 95 %); where
 none was measured the prediction interval of the arm's seeds takes its place. To cite an arm, name it, its seeds and the
 commit of this repository (`moelab report cards/FAMILY --bibtex` has the methods' papers;
 [CITATION.cff](../../CITATION.cff) the toolkit). The tables of earlier studies, three seeds each, are in
