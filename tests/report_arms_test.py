@@ -286,6 +286,23 @@ def test_costs_that_differ_get_their_figure(swept):
     assert arms_plots.pareto(found, "seconds") is None  # all alike
 
 
+def test_bytes_are_of_all_weights(compared):
+    """100 parameters, of which 60 are of experts: 240 bytes in float32, 30 and 4 of scales in four bits."""
+    rows = [
+        {"precision": "float32", "expert_bytes": 240},
+        {"precision": "nvfp4_w", "expert_bytes": 34},
+    ]
+    card = compared.reference.first.card
+    card = card | {"parameters": {"total": 100}, "evaluation": card["evaluation"] | {"rows": rows}}
+    run = dataclasses.replace(compared.reference.first, card=card)
+    assert arms_plots.weight_bytes(run, run.rows[0]) == 400
+    assert arms_plots.weight_bytes(run, run.rows[1]) == 34 + 40 * 2
+    dense = [row | {"expert_bytes": 0} for row in rows]  # nothing of it is packed
+    evaluation = card["evaluation"] | {"rows": dense}
+    run = dataclasses.replace(run, card=card | {"evaluation": evaluation})
+    assert [arms_plots.weight_bytes(run, row) for row in run.rows] == [400, 200]
+
+
 class TestCrossing:
     """plain at 1e6 FLOPs per token, worse at 2e6: curves that are lines in log FLOPs, equal at 4e10."""
 
@@ -307,9 +324,11 @@ class TestCrossing:
     def test_two_lines(self):
         plain, other = self.arm("plain", 1e6, 0.1), self.arm("other", 2e6, 0.2)
         (found,) = crossing.crossings(plain, other)
-        assert found.place == pytest.approx((4e10, 4e10, 4e10), rel=2e-3) and found.b_gains
+        # Either arm has looks at 2e10, 4e10 and 8e10; between looks nothing is known.
+        assert found.place == pytest.approx((4e10, 2e10, 8e10), rel=2e-3) and found.b_gains
         compared = arms.Comparison((plain, other), plain, "float32", {})
-        (note,) = crossing.notes(compared)
+        of_what, note = crossing.notes(compared)
+        assert "on the validation split, as trained" in of_what
         assert note.startswith("other crosses plain at 4e+10 [")
         assert note.endswith("] training FLOPs, better beyond.")
         figure = crossing.figure(compared)
@@ -319,7 +338,7 @@ class TestCrossing:
     def test_what_is_not_shown_is_not_said(self):
         plain, other = self.arm("plain", 1e6, 0.1), self.arm("other", 2e6, 0.1, noise=0.01)
         compared = arms.Comparison((plain, other), plain, "float32", {})
-        (note,) = crossing.notes(compared)
+        *_, note = crossing.notes(compared)
         assert note == (
             "No crossing with plain is shown, within the FLOPs that both have, for other."
         )
@@ -446,7 +465,35 @@ class TestMeasures:
         page = report.write([swept], swept.parent / "r.html").read_text()
         assert "Domains and tasks" in page
 
-    def test_the_validation_split_has_no_domains(self, compared):
+    def test_a_bigram_is_of_the_text_that_its_arms_saw(self, compared):
+        def seen(arm, bits):
+            runs = {}
+            for seed, run in arm.runs.items():
+                values = {name: bits + 0.1 * seed for name in run.domains}
+                evaluation = run.card["evaluation"] | {"baselines": {"kneser_ney_bigram": values}}
+                runs[seed] = dataclasses.replace(run, card=run.card | {"evaluation": evaluation})
+            return dataclasses.replace(arm, runs=runs)
+
+        def rows(*bits):
+            chosen = tuple(seen(*pair) for pair in zip(compared.arms, bits, strict=True))
+            found = dataclasses.replace(compared, arms=chosen, reference=chosen[0])
+            return [r for r in arms_measures.domains(found).rows if r[0].text.startswith("(")]
+
+        names = [arm.name for arm in compared.arms]
+        (one,) = rows(3, 3, 3, 3)
+        assert one[0].text == "(Kneser-Ney bigram)"
+        assert one[1].value == pytest.approx(3 + 0.1 * np.mean(list(compared.arms[0].runs)))
+        first, second = rows(3, 4, 3, 4)
+        assert first[0].text == f"(Kneser-Ney bigram: {names[0]}, {names[2]})"
+        assert second[0].text == f"(Kneser-Ney bigram: {names[1]}, {names[3]})"
+        assert second[1].value == pytest.approx(first[1].value + 1)
+
+    def test_the_validation_split_has_no_domains_and_no_documents_of_the_test_split(self, compared):
+        told = arms_tables.limits(dataclasses.replace(compared, precision=arms.VALIDATION))
+        assert "evaluated on the validation split." in told and "test split" not in told
+        assert "of the test split." in arms_tables.limits(compared)
+        in_validation = dataclasses.replace(compared, precision=arms.VALIDATION)
+        assert arms_plots.pareto(in_validation, "bytes") is None
         asked = dataclasses.replace(compared, precision=arms.VALIDATION)
         assert arms_measures.domains(asked) is None
 

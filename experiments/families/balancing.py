@@ -7,14 +7,15 @@
     moelab baselines add runs/balancing-mechanisms-seeds --family=balancing
 
 Without a sweep it is the reference: sigmoid scores, top-2, no balancing. A mechanism is its file in ../balance/, at 400
-steps instead of 150. `z_loss` is on top of the Switch loss. The learning rate is of a grid on the reference.
+steps instead of 150. `switch_z_loss` has the z-loss on top of the Switch loss. The learning rate is of a grid on the
+reference.
 
 Lab book
   machine    2 cores of an AMD EPYC (AVX-512), two runs at a time, jax 0.12.0.1
   wall time  85 to 120 s a run, other work beside some of them; 48 runs in 39 minutes
   result     see ../baselines/README.md: bias, quantiles and the Switch loss cost nothing that eight seeds can show
-             (detectable: 0.004 to 0.006 bits per byte) and bring MaxVio from 4.5 to 0.3, 0.2 and 1.1; with the z-loss
-             0.005 are gained, p = 0.059 with Holm's correction; the dense control is 0.031 worse
+             (detectable: 0.004 to 0.006 bits per byte) and bring MaxVio from 4.5 to 0.3, 0.2 and 1.1; with Switch loss
+             and z-loss 0.005 are gained, p = 0.059 with Holm's correction; the dense control is 0.031 worse
   date       2026-11-30
 """
 
@@ -29,7 +30,14 @@ LENGTH = {
     "evaluation.every": 400,
     "optimizer.learning_rate": RATE,
 }
-MECHANISMS = ("none", "switch_loss", "z_loss", "loss_free_bias", "quantile_ema")
+# arm -> file
+MECHANISMS = {
+    "none": "none",
+    "switch_loss": "switch_loss",
+    "switch_z_loss": "z_loss",
+    "loss_free_bias": "loss_free_bias",
+    "quantile_ema": "quantile_ema",
+}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -45,8 +53,8 @@ def get_config() -> ml_collections.ConfigDict:
 
 def sweep_mechanisms():
     """The arms, each a file of its own, and the control."""
-    for name in MECHANISMS:
-        yield {"name": name, "config": f"../balance/{name}.py", **LENGTH}
+    for name, file in MECHANISMS.items():
+        yield {"name": name, "config": f"../balance/{file}.py", **LENGTH}
     yield {"name": "dense_active", "moe.num_experts": 0, "model.dense_width": 256}
 
 

@@ -48,7 +48,7 @@ Lab book
   result     this dirt costs the small model 0.051 bits per byte in four bits, and the filters do not give it back:
              against dirty text filtered text is worse by 0.0589 [0.0515, 0.0662], 0.0538 [0.0455, 0.0620] for the
              large model, 0.0521 [0.0468, 0.0574] for the dense control, and 0.2534 [0.2440, 0.2629] for small_long:
-             its curves lead at first, and fall behind from the second pass of the text on. `controls` say why: with
+             its curves lead at first, and fall behind from the third pass of the text on. `controls` say why: with
              as much text as the others had, filtered is dirty's equal, +0.0024 [-0.0051, +0.0098]; a perfect filter's
              clean text, of which there is too little, is worse than either, +0.0823 [+0.0742, +0.0903]. By domain it
              is code that suffers, long files of which a pool holds a dozen; prose gains where text is not repeated.

@@ -22,7 +22,7 @@ def all_tables(comparison: Comparison) -> list[Table]:
 
 
 def domains(comparison: Comparison) -> Table | None:
-    """Tells the arms' bits per byte by domain, below them what a bigram of the training text gives.
+    """Tells the arms' bits per byte by domain, below them what a bigram of the text that each saw gives.
 
     Returns:
       A line per arm; None where there is one domain or the numbers are of the validation split.
@@ -42,13 +42,29 @@ def domains(comparison: Comparison) -> Table | None:
             _mean([fmt.number(r["bits_per_byte"].get(name)) for r in rows], 4) for name in names
         ]
         body.append((Cell(arm.name, arm.name), *cells))
-    for name, bits in (
-        comparison.reference.first.card["evaluation"].get("baselines") or {}
-    ).items():
-        cells = [_mean([fmt.number(bits.get(domain))], 4) for domain in names]
-        body.append((Cell(f"({BASELINES.get(name, name)})", name), *cells))
+    body += _baselines(comparison.arms, names)
     title = f"Bits per byte by domain in {comparison.precision}, mean over seeds [95 %]"
     return Table(title, ("arm", *names), tuple(body))
+
+
+def _baselines(arms: Sequence[Arm], domains: Sequence[str]) -> list[tuple[Cell, ...]]:
+    """A line per baseline; where arms saw different text, one for all arms that give the same."""
+    lines: dict[tuple, list[str]] = {}
+    for arm in arms:
+        cards = [run.card["evaluation"].get("baselines") or {} for run in arm.runs.values()]
+        for name in cards[0]:
+            cells = tuple(
+                _mean([fmt.number((card.get(name) or {}).get(domain)) for card in cards], 4)
+                for domain in domains
+            )
+            lines.setdefault((name, cells), []).append(arm.name)
+    kinds = [name for name, _ in lines]
+    body = []
+    for (name, cells), of in lines.items():
+        text = BASELINES.get(name, name)
+        text += f": {', '.join(of)}" if kinds.count(name) > 1 else ""
+        body.append((Cell(f"({text})", name), *cells))
+    return body
 
 
 def tasks(comparison: Comparison) -> Table | None:

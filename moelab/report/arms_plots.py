@@ -6,15 +6,16 @@ S seeds, A arms, T steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moelab.report import canvas, crossing, heat_maps
 from moelab.report import formatting as fmt
-from moelab.report.arms import Arm, Comparison
+from moelab.report.arms import VALIDATION, Arm, Comparison
 from moelab.report.documents import ALL
+from moelab.report.runs import REFERENCE, Run
 
 _MOST_CURVES, _MOST_MAPS = 12, 10  # more cannot be told apart
 _STYLES = ("-", "--", ":")
@@ -114,7 +115,7 @@ def _seconds(value: float) -> str:
 
 # Name of the axis -> (title, caption, how a run's value is read, how a tick is written).
 COSTS = {
-    "bytes": ("Quality against bytes", "bytes of expert weights", fmt.size),
+    "bytes": ("Quality against bytes", "bytes of weights", fmt.size),
     "flops": ("Quality against compute", "training FLOPs per token", fmt.compact),
     "seconds": ("Quality against wall time", "seconds of training", _seconds),
 }
@@ -143,7 +144,8 @@ def pareto(comparison: Comparison, axis: str) -> canvas.Figure | None:
             for name, color in colors.items():
                 axes.plot([], [], "o", color=color, label=name)
             axes.legend(frameon=False, loc="upper right", ncols=2 if len(colors) > 6 else 1)
-        canvas.label_axes(axes, label, f"bits per byte, {comparison.precision}")
+        precision = "" if several else f", {comparison.precision}"
+        canvas.label_axes(axes, label, f"bits per byte{precision}")
         text = "Mean over seeds; lower left is better; grey line: what nothing beats in both."
         if several:
             text = (
@@ -154,6 +156,8 @@ def pareto(comparison: Comparison, axis: str) -> canvas.Figure | None:
             text += " Bars: from the lowest to the highest seed."
         if axis == "seconds":
             text += _machines(comparison)
+        if axis == "bytes":
+            text += " All weights: the experts' packed, with their scales; the others at two bytes, in float32 at four."
         return canvas.Figure(title, text, canvas.to_svg(figure, f"pareto-{axis}"))
 
 
@@ -211,15 +215,17 @@ class _Point(NamedTuple):
 
 
 def _points(comparison: Comparison, axis: str) -> list[_Point]:
-    """Each arm's cost and bits per byte; for bytes those of each arm and precision."""
+    """Each arm's cost and bits per byte; for bytes those of each arm and precision, which the test split alone has."""
     found = []
     for arm in comparison.arms:
+        if axis == "bytes" and comparison.precision == VALIDATION:
+            continue
         if axis == "bytes":
             several = len(arm.first.rows) > 1
             for row in arm.first.rows:
                 name = row["precision"]
-                size = fmt.number(row.get("expert_bytes"))
-                found.append((size, _seeds(arm, name), arm, name if several else arm.name))
+                label = name if several else arm.name
+                found.append((weight_bytes(arm.first, row), _seeds(arm, name), arm, label))
         else:
             key = "flops_per_token" if axis == "flops" else "train_seconds"
             bits = list(arm.bits(comparison.precision).values())
@@ -229,6 +235,19 @@ def _points(comparison: Comparison, axis: str) -> list[_Point]:
         for x, b, arm, label in found
         if x and b and np.isfinite(b).all()
     ]
+
+
+def weight_bytes(run: Run, row: Mapping[str, Any]) -> float | None:
+    """Bytes of all weights in a row's precision: experts as packed, the others at 4 bytes in float32 and at 2 else.
+
+    None where the card does not tell.
+    """
+    total = fmt.number(run.card["parameters"].get("total"))
+    plain = next((r for r in run.rows if r["precision"] == REFERENCE), {})
+    experts, packed = (fmt.number(r.get("expert_bytes")) for r in (plain, row))
+    if total is None or experts is None or packed is None:
+        return None
+    return packed + (total - experts / 4) * (4 if row["precision"] == REFERENCE else 2)
 
 
 def _seeds(arm: Arm, precision: str) -> list[float]:

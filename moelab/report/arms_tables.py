@@ -9,12 +9,13 @@ import numpy as np
 
 from moelab.report import formatting as fmt
 from moelab.report import paired
-from moelab.report.arms import Arm, Comparison, Difference
+from moelab.report.arms import VALIDATION, Arm, Comparison, Difference
 from moelab.report.arms_rows import max_violation
 from moelab.report.tables import Cell, Table
 
 PAIRED = (
-    "Differences are paired by seed: same initialisation and order of the data. Intervals are Student's t over seeds; "
+    "Differences are paired by seed: under one seed arms begin with the same values of the parameters that they share, "
+    "and those that train on the same text see it in the same order. Intervals are Student's t over seeds; "
     "p of the t test is corrected by Holm for the arms of the table; the sign-flip test is exact and assumes no "
     "distribution."
 )
@@ -146,8 +147,8 @@ def notes(comparison: Comparison) -> list[str]:
             mean = float(np.mean([r.estimate for r in known]))
             clear = sum(r.low > 0 or r.high < 0 for r in known)
             arms = f"{len(known)} arm{'s' if len(known) != 1 else ''}"
-            if not clear:
-                meaning = "whether pairing takes noise out is not shown"
+            if 2 * clear <= len(known):
+                meaning = "that pairing takes noise out is not shown for most"
             else:
                 meaning = f"pairing takes {'noise' if mean > 0 else 'no noise'} out"
             told.append(
@@ -171,7 +172,7 @@ def limits(comparison: Comparison) -> str:
     tokens = distinct(lambda c: fmt.number(c["training"].get("tokens")))
     epochs = distinct(_epochs)
     machines = distinct(_machine)
-    evaluated = distinct(_evaluated)
+    judged = [VALIDATION] if comparison.precision == VALIDATION else distinct(_evaluated)
     commits = distinct(
         lambda c: ((c["environment"].get("git") or {}).get("commit") or "")[:10] or None
     )
@@ -183,7 +184,7 @@ def limits(comparison: Comparison) -> str:
         f"{len(runs)} runs, {fmt.duration(seconds)} of machine time in all",
         f"on {' and '.join(map(str, machines)) or 'an unknown machine'}",
         f"at {len(commits)} commit{'s' if len(commits) != 1 else ''}",
-        f"evaluated on {' and '.join(evaluated)}",
+        f"evaluated on {' and '.join(judged)}",
     ]
     text = "Known limits: " + ", ".join(parts) + ". "
     if any((c["environment"].get("git") or {}).get("dirty") for c in cards):

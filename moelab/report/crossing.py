@@ -45,7 +45,8 @@ def validation(run: Run) -> tuple[np.ndarray, np.ndarray]:
 def crossings(base: Arm, arm: Arm) -> list[fits.Crossover] | None:
     """Finds where two arms are equal in validation bits per byte at equal FLOPs; None where it cannot be asked.
 
-    Seeds that both have are compared over the FLOPs that all of them cover, their curves lines in log FLOPs.
+    Seeds that both have are compared over the FLOPs that all of them cover, their curves lines in log FLOPs. Bounds
+    reach to the looks around them: what lies between two looks is not known.
     """
     seeds = sorted(base.runs.keys() & arm.runs.keys())
     curves = [[validation(a.runs[seed]) for seed in seeds] for a in (base, arm)]
@@ -62,7 +63,17 @@ def crossings(base: Arm, arm: Arm) -> list[fits.Crossover] | None:
         np.array([np.interp(np.log(budget_X), np.log(f), bits) for f, bits in side])
         for side in curves
     )
-    return fits.crossovers(budget_X, a_SX, b_SX)
+    return [_between_looks(one, looks) for one in fits.crossovers(budget_X, a_SX, b_SX)]
+
+
+def _between_looks(found: fits.Crossover, looks: Sequence[np.ndarray]) -> fits.Crossover:
+    """Widens the bounds to the looks of either arm around them."""
+    place = found.place
+    below = [flops[flops <= place.low] for flops in looks]
+    above = [flops[flops >= place.high] for flops in looks]
+    low = min([place.low, *(float(flops.max()) for flops in below if flops.size)])
+    high = max([place.high, *(float(flops.min()) for flops in above if flops.size)])
+    return found._replace(place=place._replace(low=low, high=high))
 
 
 def _asked(comparison: Comparison) -> bool:
@@ -75,7 +86,7 @@ def _asked(comparison: Comparison) -> bool:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Says of each arm where it crosses the reference, and of which no crossing is shown."""
+    """Says of each arm where it crosses the reference, and of which no crossing is shown; first, of which numbers."""
     if not _asked(comparison):
         return []
     told, without, base = [], [], comparison.reference.name
@@ -93,7 +104,14 @@ def notes(comparison: Comparison) -> list[str]:
         told.append(
             f"No crossing with {base} is shown, within the FLOPs that both have, for {', '.join(without)}."
         )
-    return told
+    if not told:
+        return []
+    return [
+        "Crossings are of the curves on the validation split, as trained, not of the numbers in the table: in high "
+        "precision until a recipe starts, with an undecayed learning rate until a schedule decays. Bounds reach to the "
+        "looks around them.",
+        *told,
+    ]
 
 
 def drawable(comparison: Comparison) -> bool:
