@@ -15,7 +15,7 @@ from pathlib import Path
 
 import ml_collections
 
-from moelab import config_file, fields, schema, spelling
+from moelab import atomic, config_file, fields, schema, spelling
 from moelab.errors import ConfigError
 from moelab.validation import Problem, validate
 
@@ -293,8 +293,8 @@ def check_directory(config: ml_collections.ConfigDict, workdir: str | Path) -> N
         return
     if not (workdir / "config.json").is_file():
         # A run that was killed at once left no more than its lock, and config.json half written.
-        names = {path.name for path in workdir.iterdir()} - {".lock", "config.tmp"}
-        if not names:
+        there = [p for p in workdir.iterdir() if p.name != ".lock" and not atomic.is_leftover(p)]
+        if not there:
             return
         raise ConfigError(f"{workdir} is not empty and holds no run; choose another --workdir")
     saved = load(workdir).config

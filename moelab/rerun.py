@@ -17,9 +17,9 @@ from typing import Any
 
 from scipy import stats
 
+from moelab import atomic, launch, schema
 from moelab import config as configs
-from moelab import launch, schema
-from moelab.report import baselines, paired
+from moelab.report import arm_file, baselines, paired
 from moelab.report import card as cards
 from moelab.report.arms import VALIDATION
 from moelab.report.documents import ALL
@@ -82,11 +82,15 @@ def rerun(
       ConfigError: the run cannot be made.
     """
     path = baselines.find(name, folder)
-    entries = baselines.read_arm(path)
+    entries = arm_file.read(path).entries
     name = f"{path.parent.name}/{path.stem}"
     seed = min(entries) if seed is None else seed
     card = entries[seed if seed in entries else min(entries)]["card"]
     _check_schema(entries, path)
+    drift, precision = (
+        drifts(folder),
+        _precision(name, folder),
+    )  # what is damaged is found before the training
     config = configs.from_dict({**card["config"], "seed": seed})
     directory = Path(workdir) if workdir else _unused(f"rerun-{name.replace('/', '-')}-s{seed}")
     if (directory / cards.NAME).exists():
@@ -97,8 +101,7 @@ def rerun(
     if result.card is None:
         raise ReportError(f"{directory}: the run stopped with exit code {result.exit_code}")
     _check_data(card, result.card, path)
-    precision = _precision(name, folder)
-    return judge(name, seed, entries, result.card, precision, drifts(folder), directory)
+    return judge(name, seed, entries, result.card, precision, drift, directory)
 
 
 def _unused(stem: str) -> Path:
@@ -209,9 +212,21 @@ def machine(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def drifts(folder: Path | str = baselines.FOLDER) -> list[dict[str, Any]]:
-    """Reads the measured drifts; none where there is no file."""
+    """Reads the measured drifts; none where there is no file.
+
+    Raises:
+      ReportError: the file is damaged.
+    """
     path = Path(folder) / baselines.DRIFT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for entry in found:
+            float(entry["difference"]), int(entry["tokens"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    return found
 
 
 def record(
@@ -230,7 +245,6 @@ def record(
         "to": machine(card),
         "card_sha256": card["card_sha256"],
     }
-    path = Path(folder) / baselines.DRIFT
     text = json.dumps([*drifts(folder), entry], indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    atomic.write_text(Path(folder) / baselines.DRIFT, text + "\n")
     return True

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from moelab import atomic
 from moelab.errors import ConfigError
 
 
@@ -15,9 +16,7 @@ def write_config(workdir: Path, entry: dict) -> None:
     """Writes config.json, whole or not at all, where there is none."""
     path = workdir / "config.json"
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        atomic.write_text(path, json.dumps(entry, indent=1) + "\n")
 
 
 @contextlib.contextmanager

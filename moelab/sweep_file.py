@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
+from moelab import atomic
 from moelab.errors import UserError
 
 NAME = "sweep.json"
@@ -103,8 +103,5 @@ def read(directory: Path | str) -> Sweep:
 
 def write(sweep: Sweep, directory: Path | str) -> None:
     """Writes the record by an atomic replacement."""
-    path = Path(directory) / NAME
-    temporary = path.with_name(NAME + ".tmp")
     text = json.dumps({"schema": SCHEMA, **dataclasses.asdict(sweep)}, indent=1, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    atomic.write_text(Path(directory) / NAME, text + "\n")

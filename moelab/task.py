@@ -150,16 +150,17 @@ def share_row(
 ) -> Row:
     """A mean of values in [0, 1] with its interval: a bootstrap over groups, Wilson's where groups have one item each.
 
-    NaN, bounds included, where one of them is: a model whose losses are no numbers has no accuracy.
-    A bootstrap of shares near 0 or 1 is too narrow, so Wilson's score interval is taken wherever items are independent.
+    NaN, bounds included, where one of them is: a model whose losses are no numbers has no accuracy. A bootstrap of
+    shares near 0 or 1 is too narrow, so Wilson's score interval is taken wherever items are independent, and that of as
+    many items as there are groups where all items are alike, of which a bootstrap would say that nothing can differ.
     """
     groups = list(dict.fromkeys(group_N))
     if not groups:
         raise TaskError(f"{task}: nothing is left to ask")
     if np.isnan(value_N).any():
         return Row(task, measure, np.nan, np.nan, np.nan, chance, len(groups), "share")
-    if len(groups) == len(value_N):
-        found = stats.binomtest(round(float(value_N.sum())), len(value_N))
+    if len(groups) == len(value_N) or np.isin(value_N.mean(), (0.0, 1.0)):
+        found = stats.binomtest(round(float(value_N.mean() * len(groups))), len(groups))
         low, high = map(float, found.proportion_ci(method="wilson"))
         return Row(task, measure, float(value_N.mean()), low, high, chance, len(groups), "share")
     place = {name: i for i, name in enumerate(groups)}

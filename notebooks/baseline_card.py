@@ -21,7 +21,7 @@ moelab.prepare()
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moelab.report import baselines, card, paired, statistics
+from moelab.report import baseline_checks, baselines, card, paired, statistics
 
 # %% [markdown]
 # ## What there is
@@ -51,7 +51,7 @@ print(
 )
 assert card.digest(run.card) == run.card["card_sha256"]
 for name in names:
-    assert baselines.problems(baselines.find(name)) == []
+    assert baseline_checks.problems(baselines.find(name)) == []
 
 # %% [markdown]
 # ## Two arms

@@ -9,10 +9,18 @@ import pytest
 import run_directory
 
 import moelab
+from moelab import atomic, config_file, rerun, schema, sweep
 from moelab import config as configs
-from moelab import config_file, rerun, schema, sweep
 from moelab.cli import main
-from moelab.report import ReportError, arms, baselines, leaderboard, load_all
+from moelab.report import (
+    ReportError,
+    arm_file,
+    arms,
+    baseline_checks,
+    baselines,
+    leaderboard,
+    load_all,
+)
 from moelab.report import card as cards
 from moelab.report.runs import check_comparable
 
@@ -48,12 +56,18 @@ def make(tmp_path, name, seed, k=2, shift=0.0):
     return path
 
 
+def keep(runs, family, folder):
+    """Writes runs as cards, without the leaderboard."""
+    for path, text in baselines.texts(runs, family, folder).items():
+        atomic.write_text(path, text)
+
+
 @pytest.fixture
 def two_arms(tmp_path, folder):
     """The folder with two arms of three seeds."""
     runs = [make(tmp_path, "plain", s) for s in range(3)]
     runs += [make(tmp_path, "wide", s, 3, 0.02) for s in range(3)]
-    baselines.add(load_all(runs)[0], "a", folder)
+    keep(load_all(runs)[0], "a", folder)
     return folder
 
 
@@ -66,7 +80,7 @@ class TestCommitted:
     @pytest.mark.parametrize("name", baselines.names(FOLDER))
     def test_every_card_verifies(self, name):
         """A new schema of configs outdates cards, which the leaderboard says; only the smallest family must follow."""
-        found = baselines.problems(baselines.find(name, FOLDER))
+        found = baseline_checks.problems(baselines.find(name, FOLDER))
         if not name.startswith("smoke/"):
             found = [problem for problem in found if "configs have schema" not in problem]
         assert found == []
@@ -116,7 +130,7 @@ class TestCommitted:
     @pytest.mark.slow
     def test_the_smallest_arm_runs_again(self, tmp_path):
         """The same seed lands within the measured drift, a new one within the prediction interval."""
-        entries = baselines.read_arm(baselines.find("smoke/top_k", FOLDER))
+        entries = arm_file.read(baselines.find("smoke/top_k", FOLDER)).entries
         for seed in (min(entries), max(entries) + 1):
             found = rerun.rerun(
                 "smoke/top_k", seed=seed, workdir=tmp_path / str(seed), folder=FOLDER
@@ -128,8 +142,8 @@ class TestCards:
     def test_a_card_is_kept_whole_and_its_curve_short(self, tmp_path, folder, two_arms):
         assert baselines.names(folder) == ["a/plain", "a/wide"]
         path = baselines.find("wide", folder)
-        assert baselines.problems(path) == []
-        entry = baselines.read_arm(path)[1]
+        assert baseline_checks.problems(path) == []
+        entry = arm_file.read(path).entries[1]
         assert entry["card"] == cards.read(tmp_path / "wide-1")
         curve = entry["curve"]
         assert curve["step"][-1] == 40 and len(curve["step"]) == 40
@@ -157,15 +171,15 @@ class TestCards:
 
     def test_a_seed_is_added_and_replaced(self, tmp_path, two_arms):
         again = make(tmp_path / "again", "plain", 1, shift=0.5)
-        baselines.add(load_all([make(tmp_path, "plain", 7), again])[0], "a", two_arms)
-        entries = baselines.read_arm(baselines.find("plain", two_arms))
+        keep(load_all([make(tmp_path, "plain", 7), again])[0], "a", two_arms)
+        entries = arm_file.read(baselines.find("plain", two_arms)).entries
         assert sorted(entries) == [0, 1, 2, 7]
         assert entries[1]["card"] == cards.read(again) != cards.read(tmp_path / "plain-1")
 
     def test_a_name_is_not_given_to_another_config(self, tmp_path, two_arms):
         runs = load_all([make(tmp_path / "x", "plain", 0, k=1)])[0]
         with pytest.raises(ReportError, match="holds another config under the name 'plain'"):
-            baselines.add(runs, "a", two_arms)
+            keep(runs, "a", two_arms)
 
     def test_reports_read_them(self, two_arms, tmp_path, capsys):
         files = [str(baselines.find(n, two_arms)) for n in ("plain", "wide")]
@@ -178,21 +192,167 @@ class TestCards:
             (lambda e: e["card"]["training"].update(final_loss=1.0), "card_sha256 does not match"),
             (lambda e: e.update(config_schema=1), "configs have schema"),
             (lambda e: e["card"]["config"]["router"].update(k=1), "config gives"),
-            (lambda e: e["curve"]["step"].append(99), "the curve ends at step 99, the card at 40"),
+            (lambda e: e["card"]["config"]["router"].update(k=1), "differ in more than their seed"),
+            (lambda e: e["card"]["config"].update(seed=5), "the seed is 0; the config has 5"),
+            (lambda e: e["card"]["seeds"].update(seed=1), "seed 1 comes twice"),
+            (lambda e: e["card"]["seeds"].update(seed="0"), "seeds.seed wants an integer; got '0'"),
             (
                 lambda e: e["card"]["evaluation"]["rows"][0]["bits_per_byte"].update(all=9.0),
                 "lie outside",
             ),
             (lambda e: e["card"].update(schema=99), "a card of schema 99; this moelab reads 1"),
             (lambda e: e["card"].pop("evaluation"), "section 'evaluation' is missing"),
+            (lambda e: e["card"]["parameters"].update(active="x"), "seed 0: cannot be checked"),
+            (
+                lambda e: e["curve"]["step"].__setitem__(-1, 99),
+                "the curve ends at step 99, the card at 40",
+            ),
+            (lambda e: e["curve"]["step"].__setitem__(0, 3), "the curve's steps do not rise"),
+            (lambda e: e["curve"]["step"].append(99), "curve.loss has 40 values for 41 steps"),
+            (
+                lambda e: e["curve"]["loss"].__setitem__(0, "low"),
+                "curve.loss wants a list of numbers",
+            ),
+            (
+                lambda e: e["curve"].update(validation=[[1]]),
+                "curve.validation wants a list of [step,",
+            ),
+            (lambda e: e.update(curve=[]), "curve wants an object; got list"),
+            (lambda e: e.pop("curve"), "curve wants an object; got NoneType"),
+            # What no card's digest covers is under the file's.
+            (lambda e: e["curve"]["validation"][-1].__setitem__(2, 1.5), ": sha256 does not match"),
+            (lambda e: e["curve"]["loss"].__setitem__(0, 1.5), ": sha256 does not match"),
+            (lambda e: e.update(documents_sha256="0" * 64), ": sha256 does not match"),
         ],
     )
-    def test_tampering_shows(self, two_arms, change, message):
+    def test_tampering_shows(self, two_arms, change, message, capsys):
         path = baselines.find("plain", two_arms)
         value = json.loads(path.read_text())
         change(value["runs"][0])
         path.write_text(json.dumps(value))
-        assert any(message in problem for problem in baselines.problems(path))
+        found = baseline_checks.problems(path)
+        assert any(message in problem for problem in found), found
+        assert main(["verify", str(path)]) == 1
+        assert message in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda v: v.update(runs=[]), "holds no run"),
+            (lambda v: v.update(arm="wide"), "it says that it is a/wide"),
+            (lambda v: v.update(family="b"), "it says that it is b/plain"),
+            (lambda v: v.pop("arm"), "'arm' wants a text; got None"),
+            (lambda v: v.update(schema=1), "schema is 1; this moelab reads 2"),
+            (lambda v: v["runs"].append(5), "run 4: wants an object with a card"),
+        ],
+    )
+    def test_a_file_that_is_no_arm_shows(self, two_arms, change, message, capsys):
+        path = baselines.find("plain", two_arms)
+        value = json.loads(path.read_text())
+        change(value)
+        path.write_text(json.dumps(value))
+        assert main(["verify", str(path.parent)]) == 1
+        assert message in capsys.readouterr().out
+        if "it says" not in message:
+            assert main(["report", str(path.parent)]) == 2
+            assert message in capsys.readouterr().err
+
+    def test_a_damaged_card_is_not_left_out_of_its_folder(self, two_arms, tmp_path, capsys):
+        path = baselines.find("wide", two_arms)
+        path.write_text(path.read_text()[:500])
+        copied = tmp_path / "copied"
+        copied.mkdir()
+        for one in path.parent.iterdir():
+            (copied / one.name).write_text(one.read_text())
+        for folder in (path.parent, path.parent.parent, copied):
+            assert main(["report", str(folder)]) == 2
+            assert "wide.json: damaged JSON" in capsys.readouterr().err
+            assert main(["verify", str(folder)]) == 1
+            assert "wide.json: damaged JSON" in capsys.readouterr().out
+
+    def test_what_verify_is_given_is_told_apart(self, two_arms, tmp_path, capsys):
+        run = make(tmp_path, "third", 0)
+        for path, message in (
+            (run / cards.NAME, "the card of a run; verify the run: "),
+            (two_arms / baselines.FAMILIES, "holds no cards of an arm"),
+        ):
+            assert main(["verify", str(path)]) == 1
+            assert message in capsys.readouterr().out
+        for path in (two_arms, two_arms / baselines.CARDS, two_arms / baselines.CARDS / "a"):
+            assert main(["verify", str(path)]) == 0
+            assert main(["report", str(path)]) == (2 if path == two_arms else 0)
+        capsys.readouterr()
+        for one in (two_arms / baselines.CARDS / "a").iterdir():
+            one.unlink()
+        assert main(["verify", str(two_arms)]) == 1
+        assert "there are no cards" in capsys.readouterr().out
+
+    def test_what_is_refused_changes_nothing(self, two_arms, tmp_path, monkeypatch, capsys):
+        option = f"--folder={two_arms}"
+        main(["baselines", "render", option])
+
+        def state():
+            return {path: path.read_bytes() for path in two_arms.rglob("*") if path.is_file()}
+
+        before = state()
+        other = make(tmp_path, "other", 0, k=4)
+        card = json.loads((other / cards.NAME).read_text())
+        card["data"]["tokenizer_sha256"] = "0" * 64
+        cards.write(card, other)
+        capsys.readouterr()
+        assert main(["baselines", "add", str(other), option, "--family=a"]) == 2
+        assert "tokenizers differ" in capsys.readouterr().err and state() == before
+        # The first of two arms is good.
+        good, taken = make(tmp_path, "good", 0, k=4), make(tmp_path / "x", "plain", 0, k=1)
+        assert main(["baselines", "add", str(good), str(taken), option, "--family=a"]) == 2
+        assert "holds another config" in capsys.readouterr().err and state() == before
+
+        def full(*args, **options):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        plain = make_again = str(tmp_path / "plain-1")
+        assert main(["baselines", "add", make_again, option, "--family=a"]) == 1
+        assert "No space left" in capsys.readouterr().err and state() == before and plain
+
+    def test_a_run_whose_loss_is_no_number_is_kept(self, folder, tmp_path):
+        run = load_all([make(tmp_path, "plain", 0)])[0][0]
+        for record in run.journal:
+            if record["kind"] == "evaluation":
+                record["loss"] = record["bits_per_byte"]["all"] = math.nan
+        keep([run], "a", folder)
+        path = baselines.find("plain", folder)
+        assert baseline_checks.problems(path) == [] and '"NaN"' in path.read_text()
+        (read,) = baselines.load(path)
+        assert all(math.isnan(r["bits_per_byte"]["all"]) for r in read.records("evaluation"))
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda f: f["tables"][0].update(refrence="wide"), "no field 'refrence'; did you mean reference?"),
+            (lambda f: f.update(tables=[5]), "table 1 wants an object; got 5"),
+            (lambda f: f["tables"][0].update(arms="plain"), "arms wants a list"),
+            (lambda f: f.update(commands="moelab sweep"), "commands wants a list"),
+            (lambda f: f.pop("text"), "has no text"),
+            (lambda f: f.update(titel="A"), "no field 'titel'"),
+        ],
+    )
+    def test_a_family_that_is_wrong_is_refused(self, two_arms, change, message, capsys):
+        path = two_arms / baselines.FAMILIES
+        values = json.loads(path.read_text())
+        change(values["a"])
+        path.write_text(json.dumps(values))
+        assert main(["baselines", "render", f"--folder={two_arms}"]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_reference_that_has_not_run_is_told(self, two_arms):
+        path = two_arms / baselines.FAMILIES
+        values = json.loads(path.read_text())
+        values["a"]["tables"] = [{"reference": "late"}]
+        path.write_text(json.dumps(values))
+        assert "- Not run yet: late. plain stands in as the reference." in leaderboard.render(
+            two_arms
+        )
 
     def test_the_command_line(self, two_arms, capsys, tmp_path):
         option = f"--folder={two_arms}"
@@ -225,13 +385,13 @@ def test_the_leaderboard_says_what_it_stands_on(two_arms):
 
 def test_passes_are_of_the_pool_where_there_is_one(tmp_path, folder):
     runs = [make(tmp_path, "plain", s) for s in range(2)]
-    baselines.add(load_all(runs)[0], "a", folder)
+    keep(load_all(runs)[0], "a", folder)
     assert "Less than an epoch: repetition cannot show" in leaderboard.render(folder)
     for run in runs:
         card = json.loads((run / cards.NAME).read_text())
         card["data"]["mixture"] = {"unique_tokens": 9, "epochs": 4.25}
         cards.write(card, run)
-    baselines.add(load_all(runs)[0], "a", folder)
+    keep(load_all(runs)[0], "a", folder)
     text = leaderboard.render(folder)
     assert "(4.2 epochs)" in text and "Less than an epoch" not in text
 
@@ -256,12 +416,12 @@ def test_a_table_may_have_a_picture_that_goes_stale_with_its_cards(tmp_path, fol
         card = json.loads((run / cards.NAME).read_text())
         card["training"]["flops_per_token"] *= 1 + ("wide" in run.name)
         cards.write(card | {"card_sha256": ""}, run)
-    baselines.add(load_all(runs)[0], "a", folder)
+    keep(load_all(runs)[0], "a", folder)
     assert leaderboard.stale(folder) == [folder / "README.md", folder / "a.png"]
     assert leaderboard.write(folder) == [folder / "README.md", folder / "a.png"]
     assert leaderboard.stale(folder) == [] and "](a.png)" in (folder / "README.md").read_text()
     third = make(tmp_path, "plain", 2)
-    baselines.add(load_all([third])[0], "a", folder)
+    keep(load_all([third])[0], "a", folder)
     assert folder / "a.png" in leaderboard.stale(folder)
     families["a"]["tables"][0]["arms"] = ["plain"]  # one arm: nothing to draw
     path.write_text(json.dumps(families))
@@ -335,7 +495,7 @@ class TestJudgement:
 
     def test_a_finished_run_is_not_taken_for_a_new_one(self, two_arms, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        card = baselines.read_arm(baselines.find("a/plain", two_arms))[0]["card"]
+        card = arm_file.read(baselines.find("a/plain", two_arms)).entries[0]["card"]
         used = []
 
         def launched(config, directory, **options):
@@ -356,7 +516,7 @@ class TestJudgement:
         families = json.loads(path.read_text())
         families["a"]["tables"] = [{"precision": arms.VALIDATION}]
         path.write_text(json.dumps(families))
-        card = baselines.read_arm(baselines.find("a/plain", two_arms))[0]["card"]
+        card = arm_file.read(baselines.find("a/plain", two_arms)).entries[0]["card"]
         result = SimpleNamespace(card=card, exit_code=0)
         monkeypatch.setattr(rerun.launch, "run", lambda *args, **options: result)
         found = rerun.rerun("a/plain", folder=two_arms)

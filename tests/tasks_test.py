@@ -85,6 +85,13 @@ def test_the_interval_of_grouped_items_is_over_groups():
     assert row.high - row.low > 0.5  # 0.2 if the hundred were independent
 
 
+def test_items_that_are_all_right_do_not_show_that_none_is_wrong():
+    """3 groups of 10: Wilson's 3 of 3, low = 3 / (3 + z^2) = 0.4385."""
+    row = task.share_row("t", "m", np.ones(30), [i // 10 for i in range(30)], 0.5)
+    assert (row.value, row.n) == (1.0, 3)
+    np.testing.assert_allclose([row.low, row.high], [0.4385, 1.0], atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", tasks.KINDS)
 def test_uniform_predictions_score_chance(kind, dataset):
     if kind == "facts":

@@ -39,7 +39,7 @@ def add(args: argparse.Namespace) -> int:
     runs, notes = load_all(args.runs)
     for line in notes:
         output.note(line)
-    written = [*baselines.add(runs, args.family, folder), *leaderboard.write(folder)]
+    written = leaderboard.add(runs, args.family, folder)
     if args.json:
         output.print_json({"written": written})
     else:
@@ -67,14 +67,14 @@ def render(args: argparse.Namespace) -> int:
 
 def listing(args: argparse.Namespace) -> int:
     """Lists families with their arms and seeds."""
-    from moelab.report import baselines
+    from moelab.report import arm_file, baselines
 
     folder = _folder(args)
     rows = []
     for family in baselines.families(folder):
         arms = [n for n in baselines.names(folder) if n.startswith(f"{family}/")]
         for name in arms:
-            entries = baselines.read_arm(baselines.find(name, folder))
+            entries = arm_file.read(baselines.find(name, folder)).entries
             rows.append((name, ",".join(map(str, sorted(entries)))))
         if not arms:
             rows.append((family, "no run yet"))
@@ -94,7 +94,7 @@ def rerun(args: argparse.Namespace) -> int:
     folder = _folder(args)
     start_jax()
     from moelab import rerun as reruns
-    from moelab.report import baselines
+    from moelab.report import arm_file, baselines
     from moelab.report import card as cards
 
     found = reruns.rerun(
@@ -106,7 +106,7 @@ def rerun(args: argparse.Namespace) -> int:
         command=args.command,
     )
     if args.record:
-        entries = baselines.read_arm(baselines.find(args.rerun, folder))
+        entries = arm_file.read(baselines.find(args.rerun, folder)).entries
         kept = reruns.record(found, entries, cards.read(found.directory), folder)
         output.note("drift recorded" if kept else "the same kind of machine: no drift to record")
     if args.json:

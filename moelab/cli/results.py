@@ -96,13 +96,23 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def _problems(path: Path) -> list[str]:
-    """Checks a run directory, an arm's committed cards, or every card of a folder of baselines."""
-    from moelab.report import baselines
+    """Checks a run directory, an arm's committed cards, those of a folder, or every card of the baselines."""
+    from moelab.report import arm_file, baseline_checks, baselines
+    from moelab.report import card as cards
     from moelab.report.verify import verify as problems_of
 
-    if baselines.is_arm(path):
-        return baselines.problems(path)
     if (path / baselines.FAMILIES).is_file():
-        arms = map(baselines.find, baselines.names(path), [path] * len(baselines.names(path)))
-        return [problem for arm in arms for problem in baselines.problems(arm)]
-    return problems_of(path)
+        path = path / baselines.CARDS
+        if not arm_file.files(path):
+            return [f"{path}: there are no cards"]
+    if files := arm_file.files(path):
+        return [problem for arm in files for problem in baseline_checks.problems(arm)]
+    if not path.is_file():
+        return problems_of(path)
+    try:
+        cards.read_json(path)
+    except cards.CardError as error:
+        return [f"{path.parent}/{error}"]
+    if path.name == cards.NAME:
+        return [f"{path}: the card of a run; verify the run: {path.parent}"]
+    return [f"{path}: holds no cards of an arm"]

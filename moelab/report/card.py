@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moelab import atomic
 from moelab.metrics import plain
 from moelab.report import documents
 
@@ -130,12 +130,8 @@ def build(
 
 def write(card: Mapping[str, Any], run_directory: Path | str) -> Path:
     """Writes the card as `result.json` by an atomic replacement and returns its path."""
-    path = Path(run_directory) / NAME
-    temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return atomic.write_text(Path(run_directory) / NAME, text + "\n")
 
 
 def read(path: Path | str) -> dict[str, Any]:

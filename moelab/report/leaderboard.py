@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from moelab import schema
+from moelab import atomic, schema
 from moelab.report import arms, arms_measures, arms_tables, baselines, canvas, crossing, tables
 from moelab.report.baselines import Family
 from moelab.report.runs import ReportError, Run
@@ -82,10 +83,34 @@ def write(folder: Path | str = baselines.FOLDER) -> list[Path]:
       ReportError: as `render`.
     """
     readme, drawn = Path(folder) / baselines.README, pictures(folder)
-    readme.write_text(render(folder), encoding="utf-8")
+    atomic.write_text(readme, render(folder))
     for path, (compared, digest) in drawn.items():
         crossing.write_png(compared, path, digest)
     return [readme, *drawn]
+
+
+def add(runs: Sequence[Run], family: str, folder: Path | str = baselines.FOLDER) -> list[Path]:
+    """Writes finished runs as cards of a family, and the leaderboard; where that is refused nothing is changed.
+
+    Returns:
+      The files written.
+
+    Raises:
+      ReportError: as `baselines.texts`; the family's runs do not compare with them.
+    """
+    made = baselines.texts(runs, family, folder)
+    before = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in made}
+    try:
+        for path, text in made.items():
+            atomic.write_text(path, text)
+        return [*made, *write(folder)]
+    except BaseException:
+        for path, text in before.items():
+            if text is None:
+                path.unlink(missing_ok=True)
+            else:
+                atomic.write_text(path, text)
+        raise
 
 
 def stale(folder: Path | str = baselines.FOLDER) -> list[Path]:
@@ -137,7 +162,8 @@ def _family(found: Family, runs: list[Run]) -> str:
 def _table(wanted, compared: arms.Comparison | None) -> str:
     if compared is None:
         return f"{wanted.get('title', 'This table')}: no run yet.\n"
-    missing = sorted(set(wanted.get("arms", ())) - {arm.name for arm in compared.arms})
+    shown = {arm.name for arm in compared.arms}
+    missing = sorted({*wanted.get("arms", ()), *filter(None, [wanted.get("reference")])} - shown)
     main = arms_tables.main_table(compared)
     parts = [f"{main.title}.\n", tables.to_markdown(main)]
     told = [*arms_tables.notes(compared), *crossing.notes(compared)]
@@ -149,7 +175,10 @@ def _table(wanted, compared: arms.Comparison | None) -> str:
             "arms cannot be run again with it."
         )
     if missing:
-        parts.append(f"- Not run yet: {', '.join(missing)}.")
+        text = f"- Not run yet: {', '.join(missing)}."
+        if wanted.get("reference") in missing:
+            text += f" {compared.reference.name} stands in as the reference."
+        parts.append(text)
     parts += ["", arms_tables.limits(compared) + "\n"]
     if "picture" in wanted and crossing.drawable(compared):
         parts.append(

@@ -113,11 +113,11 @@ def load_all(paths: Sequence[Path | str]) -> tuple[list[Run], list[str]]:
     """
     if not paths:
         raise ReportError("a report wants at least one run")
-    from moelab.report import baselines
+    from moelab.report import arm_file, baselines
 
     found, notes = [], []
     for path in paths:
-        if files := baselines.arm_files(path):
+        if files := arm_file.files(path):
             found += [run for file in files for run in baselines.load(file)]
             continue
         if not sweep_file.is_sweep(path):
