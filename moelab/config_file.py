@@ -129,8 +129,9 @@ def _read_json(path: Path) -> Mapping:
     return values
 
 
-def _run(path: Path, preset: str) -> Mapping:
-    """Executes an experiment file and calls its get_config."""
+def _run(path: Path, preset: str, above: tuple[Path, ...] = ()) -> Mapping:
+    """Executes an experiment file and calls its get_config; `above`: the files that it is the BASE of."""
+    _check_circle(path, above)
     space = _execute(path)
     if not callable(space.get("get_config")):
         raise ConfigError(f'{path}:1: no function get_config(preset="")')
@@ -143,7 +144,8 @@ def _run(path: Path, preset: str) -> Mapping:
         raise ConfigError(
             f"{path}:1: get_config wants to return a ConfigDict, got {type(config).__name__}"
         )
-    return _merged(_base(path, space.get("BASE", "")), config)
+    base = _base(path, space)
+    return _merged(_run(*base, (*above, path)) if base else {}, config)
 
 
 def _execute(path: Path) -> dict:
@@ -163,7 +165,10 @@ def _located(path: Path) -> Iterator[None]:
         raise
     except SyntaxError as error:
         raise ConfigError(f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}") from None
-    except Exception as error:
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a file that exits would end moelab, and no word of it
         text = " ".join(str(error).split())
         raise ConfigError(f"{path}:{_line(error, path)}: {type(error).__name__}: {text}") from error
 
@@ -191,10 +196,11 @@ def sweeps(source: str) -> tuple[Path | None, dict[str, Callable[[], list[Mappin
     return path, _sweeps(path)
 
 
-def _sweeps(path: Path) -> dict[str, Callable[[], list[Mapping]]]:
+def _sweeps(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Callable[[], list[Mapping]]]:
+    _check_circle(path, above)
     space = _execute(path)
-    base = space.get("BASE", "").partition(":")[0]
-    found = _sweeps(path.parent / base) if base and (path.parent / base).is_file() else {}
+    base = _base(path, space)
+    found = _sweeps(base[0], (*above, path)) if base else {}
     for name, value in space.items():
         if name.startswith(_PREFIX) and name != _PREFIX and callable(value):
             found[name.removeprefix(_PREFIX)] = functools.partial(_points, path, name, value)
@@ -217,17 +223,24 @@ def _points(path: Path, name: str, generator: Callable) -> list[Mapping]:
     return points
 
 
-def _base(path: Path, base: str) -> Mapping:
-    """Reads the file that another one names as its base; chains are followed, circles refused."""
+def _base(path: Path, space: Mapping) -> tuple[Path, str] | None:
+    """Returns the file and preset that an executed file names as its base; None where it names none."""
+    base = space.get("BASE", "")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: BASE wants a file's name, got {base!r}")
     if not base:
-        return {}
+        return None
     name, _, preset = base.partition(":")
     other = path.parent / name
     if not other.is_file():
         raise ConfigError(f"{path}: BASE names {base!r}, and {other} is no file")
-    if other.samefile(path):
-        raise ConfigError(f"{path}: BASE names the file itself")
-    return _run(other, preset)
+    return other, preset
+
+
+def _check_circle(path: Path, above: tuple[Path, ...]) -> None:
+    if any(path.samefile(other) for other in above):
+        chain = " -> ".join(map(str, (*above, path)))
+        raise ConfigError(f"{above[0]}: BASE leads back to a file that it came from: {chain}")
 
 
 def _merged(base: Mapping, changes: Mapping) -> dict:

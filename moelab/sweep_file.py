@@ -90,6 +90,10 @@ def read(directory: Path | str) -> Sweep:
         if schema != SCHEMA:
             raise SweepError(f"{path}: schema is {schema!r}; this moelab reads {SCHEMA}")
         points = [Entry(**point) for point in value["points"]]
+        for point in points:
+            for name in ("name", "directory", "status"):
+                if not isinstance(text := getattr(point, name), str):
+                    raise TypeError(f"a point's {name} is {text!r}, no text")
         wrong = [point.status for point in points if point.status not in STATUSES]
         if wrong:
             raise SweepError(f"{path}: no status {wrong[0]!r}; there are {', '.join(STATUSES)}")

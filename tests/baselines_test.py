@@ -329,7 +329,10 @@ class TestCards:
     @pytest.mark.parametrize(
         "change, message",
         [
-            (lambda f: f["tables"][0].update(refrence="wide"), "no field 'refrence'; did you mean reference?"),
+            (
+                lambda f: f["tables"][0].update(refrence="wide"),
+                "no field 'refrence'; did you mean reference?",
+            ),
             (lambda f: f.update(tables=[5]), "table 1 wants an object; got 5"),
             (lambda f: f["tables"][0].update(arms="plain"), "arms wants a list"),
             (lambda f: f.update(commands="moelab sweep"), "commands wants a list"),

@@ -579,6 +579,7 @@ class TestSweep:
             (("--sweep=kk",), "no sweep 'kk'; did you mean --sweep=k?"),
             (("--sweep=k", "--seeds=4-1"), "--seeds: wants seeds, each once"),
             (("--sweep=k", "--seeds=1,1"), "--seeds: wants seeds, each once"),
+            (("--sweep=k", "--seeds=0-99999999"), "--seeds: wants at most 10000 seeds"),
             (("--sweep=k", "--config.router.kk=1"), "point k=1-"),
             (("--sweep=k", "--slurm_option=a=1"), "--slurm_option is for --slurm"),
             (("--sweep=k", "--slurm", "--slurm_option=a"), "wants NAME=VALUE, got 'a'"),

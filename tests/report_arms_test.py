@@ -5,9 +5,11 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -647,13 +649,49 @@ class TestCitations:
             assert title == " ".join(title.split()) and not set(title) & set("{}%$#_"), paper
 
 
+def test_a_terminal_without_a_minus_sign(swept):
+    words = [sys.executable, "-m", "moelab", "report", str(swept)]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(words, capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert b"?0.0" in done.stdout and b"Known limits" in done.stderr
+
+
 def test_the_command_line(swept, tmp_path, capsys):
     assert main(["report", str(swept)]) == 0
     out, err = capsys.readouterr()
     assert "better" in out and "Every point" in out and "Known limits" in err
+    assert "Bits per byte by domain" in out
     assert main(["report", str(swept), "--json", "--reference=worse"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["arm"] for row in rows} == set(ARMS)
     assert main(["report", str(swept), f"--out={tmp_path}/x.tex", "--bibtex"]) == 0
-    assert (tmp_path / "x.bib").read_text().startswith("% router top_k")
+    bib = tmp_path / "x.bib"
+    assert bib.read_text().startswith(f"{citations.HEAD}\n% router top_k")
+    assert (
+        main(["report", str(swept), f"--out={tmp_path}/x.tex", "--bibtex"]) == 0
+    )  # its own is replaced
+    bib.write_text("@book{mine}")
+    capsys.readouterr()
+    assert main(["report", str(swept), f"--out={tmp_path}/x.tex", "--bibtex"]) == 2
+    assert "moelab did not write it" in capsys.readouterr().err and bib.read_text() == "@book{mine}"
+    assert main(["report", str(swept), "--bibtex", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bibtex"].startswith(citations.HEAD)
+    assert main(["report", str(swept), "--bibtex", "--fit=isoflop"]) == 2
+    assert main(["report", str(swept), "--fit=isoflop", f"--out={tmp_path}/x.csv"]) == 2
+    capsys.readouterr()
+    for out, message in (
+        ("", "is a folder"),
+        ("/x.bib/y.html", "is no folder"),
+        (f"/{'y' * 260}.md", "longer than"),
+    ):
+        (tmp_path / "folder.html").mkdir(exist_ok=True)
+        target = f"{tmp_path}{out}" if out else f"{tmp_path}/folder.html"
+        assert main(["report", str(swept), f"--out={target}"]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*.tmp"))
+    run = str(next(swept.glob("*/result.json")).parent)
+    for option in ("--precision=q", "--split=validation", "--reference=x"):
+        assert main(["report", run, option]) == 2
+        assert f"{option.partition('=')[0]}" in capsys.readouterr().err
     assert main(["report", str(swept), "--precision=q"]) == 2

@@ -117,6 +117,30 @@ def test_the_base_has_sweeps_too_and_the_file_may_replace_one(write):
     assert [p.config.router.k for p in points] == [3, 3]
 
 
+def test_a_base_that_leads_back_is_refused(write):
+    for name, base in (
+        ("x.py", "y.py"),
+        ("y.py", "z.py"),
+        ("z.py", "./y.py"),
+        ("own.py", "own.py"),
+    ):
+        write(name=name, head=f"{HEAD}\nBASE = {base!r}\n")
+    for read in (config_file.read, config_file.sweeps):
+        with pytest.raises(UserError, match="x.py: BASE leads back .*: x.py -> y.py -> z.py -> "):
+            read("x.py")
+        with pytest.raises(UserError, match="own.py: BASE leads back"):
+            read("own.py")
+        write(name="five.py", head=f"{HEAD}\nBASE = 5\n")
+        with pytest.raises(UserError, match="five.py: BASE wants a file's name, got 5"):
+            read("five.py")
+
+
+def test_a_file_that_exits_is_an_error(write):
+    write(name="exits.py", head="import sys\nsys.exit(0)\n")
+    with pytest.raises(UserError, match="exits.py:2: SystemExit: 0"):
+        config_file.read("exits.py")
+
+
 @pytest.mark.parametrize(
     "body, names, message",
     [

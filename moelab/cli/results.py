@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moelab import environment
+from moelab import atomic, environment
 from moelab.cli import output
 from moelab.errors import UserError
 
@@ -22,17 +22,28 @@ def report(args: argparse.Namespace) -> int:
     options = {"reference": args.reference, "precision": precision}
     options["different_tokens"] = args.different_tokens
     if args.out:
+        bib = Path(args.out).with_suffix(".bib")
+        if args.bibtex:
+            _check_bib(bib)
         written = {"report": reports.write(args.runs, args.out, fit=args.fit, **options)}
         if args.bibtex:
-            written["bibtex"] = written["report"].with_suffix(".bib")
-            written["bibtex"].write_text(reports.bibtex(args.runs), encoding="utf-8")
+            written["bibtex"] = atomic.write_text(bib, reports.bibtex(args.runs))
         if args.json:
             output.print_json(written)
         else:
             print(*written.values(), sep="\n")
         return 0
     if args.bibtex:
-        print(reports.bibtex(args.runs), end="")
+        for name in ("reference", "fit"):
+            if getattr(args, name):
+                raise UserError(
+                    f"--bibtex alone prints papers; --{name} is for a report, --out=FILE"
+                )
+        text = reports.bibtex(args.runs)
+        if args.json:
+            output.print_json({"bibtex": text})
+        else:
+            print(text, end="")
         return 0
     runs, notes = reports.load_all(args.runs)
     compared = reports.compared_arms(runs, **options)
@@ -53,6 +64,15 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_bib(path: Path) -> None:
+    """Refuses to replace a file of references that somebody else wrote."""
+    from moelab.report import citations
+
+    atomic.check_target(path)
+    if path.exists() and not path.read_bytes().startswith(citations.HEAD.encode()):
+        raise UserError(f"{path} is there and moelab did not write it; name --out otherwise")
+
+
 def _print_json(runs, compared, fitted) -> None:
     if compared is None:
         output.print_json([run.card for run in runs])
@@ -64,11 +84,14 @@ def _print_json(runs, compared, fitted) -> None:
 
 
 def _print_arms(compared) -> None:
-    from moelab.report import arms_tables, tables
+    from moelab.report import arms_measures, arms_tables, crossing, tables
 
     tables.print_table(arms_tables.main_table(compared))
     tables.print_table(arms_tables.points_table(compared))
-    for note in (arms_tables.PAIRED, *arms_tables.notes(compared), arms_tables.limits(compared)):
+    for table in arms_measures.all_tables(compared):
+        tables.print_table(table)
+    told = [arms_tables.PAIRED, *arms_tables.notes(compared), *crossing.notes(compared)]
+    for note in (*told, arms_tables.limits(compared)):
         output.note(note)
 
 

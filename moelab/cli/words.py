@@ -136,6 +136,9 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+_MOST_SEEDS = 10_000
+
+
 def seeds(text: str) -> tuple[int, ...]:
     """Reads seeds: 0,1,2 or 0-4 or both.
 
@@ -146,7 +149,10 @@ def seeds(text: str) -> tuple[int, ...]:
     for part in names(text):
         first, dash, last = part.partition("-")
         low = integer(first)
-        found += range(low, integer(last) + 1) if dash else [low]
+        more = range(low, integer(last) + 1) if dash else [low]
+        if len(found) + len(more) > _MOST_SEEDS:
+            raise argparse.ArgumentTypeError(f"wants at most {_MOST_SEEDS} seeds, got {text!r}")
+        found += more
     if not found or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"wants seeds, each once, as 0,1,2 or 0-4, got {text!r}")
     return tuple(found)

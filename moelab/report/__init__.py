@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from moelab.report.runs import ReportError, Run, load, load_all
+from moelab import atomic
+from moelab.report.runs import REFERENCE, ReportError, Run, load, load_all
 
 __all__ = [
     "ReportError",
@@ -67,6 +67,9 @@ def write(
     out = Path(out)
     if out.suffix not in SUFFIXES:
         raise ReportError(f"a report ends in {', '.join(SUFFIXES)}; got {str(out)!r}")
+    if fit and out.suffix == ".csv":
+        raise ReportError("--fit is told and drawn; a .csv has room for neither")
+    atomic.check_target(out)
     loaded, notes = load_all(runs)
     compared = compared_arms(loaded, reference, precision, different_tokens)
     if compared is None:
@@ -80,11 +83,7 @@ def write(
         text = _render_one(loaded[0], out.suffix)
     else:
         text = _render(loaded, out.suffix, different_tokens)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out)
-    return out
+    return atomic.write_text(out, text)
 
 
 def fit_of(compared, kind: str):
@@ -110,10 +109,15 @@ def compared_arms(
 ):
     """Compares runs as arms over paired seeds; None where they are to be reported one by one."""
     from moelab.report import arms
+    from moelab.report.arms import VALIDATION
 
     if not (arms.several(runs) or (len(runs) > 1 and any(run.label for run in runs))):
-        if reference:
-            raise ReportError("--reference is for several arms of which one has several seeds")
+        given = {"--reference": reference, "--precision": precision != REFERENCE}
+        if precision == VALIDATION:
+            given = {"--reference": reference, "--split=validation": True}
+        for name, value in given.items():
+            if value:
+                raise ReportError(f"{name} is for several arms of which one has several seeds")
         return None
     grouped = arms.group(runs)
     return arms.compare(grouped, reference, precision, different_tokens=different_tokens)

@@ -14,6 +14,7 @@ from typing import Any
 
 from moelab.report.papers import PAPERS
 
+HEAD = "% Papers of the methods that were used, by moelab report --bibtex.\n"  # of what bibtex() writes
 _PACKAGE = Path(__file__).parent.parent
 _ID = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
@@ -98,7 +99,7 @@ def bibtex(configs: Iterable[Mapping[str, Any]]) -> str:
     parts = [_entry(paper, users[paper]) for paper in sorted(users)]
     if without:
         parts.append(f"% no paper is named for: {', '.join(without)}\n")
-    return "\n".join(parts)
+    return "\n".join([HEAD, *parts])
 
 
 def _entry(paper: str, users: list[str]) -> str:
