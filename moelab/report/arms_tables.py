@@ -82,11 +82,15 @@ def _difference_cell(found: Difference | None, is_reference: bool) -> Cell:
         return Cell("reference", 0.0)
     if found is None:
         return Cell("no seed in common")
-    bounds = (None if math.isnan(v) else v for v in (found.low, found.high))
     detail = "" if found.over == "seeds" else f"one pair: over {found.over}"
     if found.over == "seeds" and found.both is not None:
-        detail = "with documents " + fmt.bounds(found.both.low, found.both.high)
-    return Cell(fmt.fixed(found.mean, 4, sign=True), found.mean, fmt.bounds(*bounds), detail)
+        detail = "with documents " + _bounds(found.both.low, found.both.high)
+    bounds = _bounds(found.low, found.high)
+    return Cell(fmt.fixed(found.mean, 4, sign=True), found.mean, bounds, detail)
+
+
+def _bounds(*bounds: float) -> str:
+    return fmt.bounds(*(None if math.isnan(bound) else bound for bound in bounds))
 
 
 def _p(found: Difference | None) -> Cell:
@@ -100,7 +104,7 @@ def _flip(found: Difference | None) -> Cell:
     flip = found.sign_flip if found else None
     if flip is None:
         return Cell("")
-    return Cell(fmt.fixed(flip.p, 4), flip.p, detail=f"least {flip.smallest:.3g}")
+    return Cell(fmt.p_value(flip.p, 4), flip.p, detail=f"least {flip.smallest:.3g}")
 
 
 def points_table(comparison: Comparison) -> Table:
