@@ -390,6 +390,16 @@ class TestFits:
         svg = fitted.figure(found).svg
         assert "active parameters" in svg and "mathdefault" not in svg and "5 M" in svg
 
+    def test_an_isoflop_says_of_which_seeds_the_loss_is_and_none_where_there_is_no_minimum(self):
+        wavy = {"loss": lambda n: 2 + 0.05 * math.log(n / 5e6) ** 2 + 0.001 * math.sin(n)}
+        assert fitted.fit(self.sizes(**wavy, seeds=1), "isoflop").sentence.endswith(
+            " of this seed."
+        )
+        assert "of this seed" not in fitted.fit(self.sizes(**wavy), "isoflop").sentence
+        far = fitted.fit(self.sizes(loss=lambda n: 2 + 0.05 * math.log(n / 1e9) ** 2), "isoflop")
+        assert far.sentence.endswith("outside the sizes that ran.")
+        assert math.isnan(far.result["bits_per_byte"]["estimate"])
+
     def test_isoflop_wants_equal_flops(self):
         unequal = {"training": lambda n: {"flops_per_token": 6 * n, "tokens": 1e6}}
         with pytest.raises(report.ReportError, match="equal training FLOPs; n1e.06 has"):
@@ -406,6 +416,9 @@ class TestFits:
         assert found.result["exponent"]["estimate"] == pytest.approx(0.6, rel=1e-3)
         assert "exponent 0.60 [0.60, 0.60]" in found.sentence
         assert found.curve(np.array([2.0]))[0] == pytest.approx(2.1 + 0.3 * 2**-0.6, rel=1e-4)
+        flat = fitted.fit(self.comparison((1, 2, 4, 8), lambda g: 2.0, **card), "granularity")
+        assert flat.sentence.endswith("no gain: the points are all at 2.1000.")
+        assert flat.curve(np.array([1.0, 2.0])) == pytest.approx([2.1, 2.1])
         other = card | {"parameters": lambda g: {"active": 100 * g, "total": 800}}
         with pytest.raises(report.ReportError, match="equal active parameters; n1 has 100 and n8"):
             fitted.fit(self.comparison((1, 8), lambda g: g, **other), "granularity")
