@@ -22,7 +22,9 @@ from moelab.cli import main
 from moelab.report import (
     arms,
     arms_measures,
+    arms_page,
     arms_plots,
+    arms_rows,
     arms_tables,
     canvas,
     citations,
@@ -31,6 +33,7 @@ from moelab.report import (
     latex,
     paired,
     papers,
+    two_levels,
 )
 from moelab.report import card as cards
 from moelab.report.tables import Cell, Table
@@ -200,6 +203,135 @@ def test_other_schemas_of_configs_are_refused(swept, tmp_path):
         report.write(runs, tmp_path / "r.md")
 
 
+def _runs_of(swept, names, seeds):
+    return {name: [swept / f"{name}-seed={seed}" for seed in seeds] for name in names}
+
+
+def _no_number(card):
+    """As the toolkit writes the card of a run that diverged."""
+    for row in card["evaluation"]["rows"]:
+        row["bits_per_byte"] = dict.fromkeys(row["bits_per_byte"], "NaN")
+        row["loss"] = row["loss_delta"] = "NaN"
+
+
+class TestDiverged:
+    @pytest.fixture
+    def runs(self, swept, tmp_path):
+        """Three arms of three seeds, the better one lost in the last of them."""
+        found = _runs_of(swept, ("plain", "better", "worse"), range(3))
+        found["better"][2] = _change(found["better"][2], tmp_path, _no_number)
+        loaded = report.load_all([path for paths in found.values() for path in paths])[0]
+        names = [name for name, paths in found.items() for _ in paths]
+        return [dataclasses.replace(r, label=n) for r, n in zip(loaded, names, strict=True)]
+
+    def test_it_is_last_marked_and_left_out_of_the_sentences(self, runs):
+        found = arms.compare(arms.group(runs))
+        assert [arm.name for arm in found.arms] == ["plain", "worse", "better"]
+        assert found.diverged == {"better": 1}
+        row = arms_tables.main_table(found).rows[-1]
+        assert [cell.line for cell in row[1:7]] == (
+            ["3", "NaN", "diverged in 1 of 3 runs", "", "", ""]
+        )
+        without = [run for run in runs if run.label != "better"]
+        told = arms_tables.notes(arms.compare(arms.group(without)))
+        assert arms_tables.notes(found) == told
+
+    def test_so_is_one_pair_and_a_reference(self, runs):
+        few = [r for r in runs if r.label == "plain" or r.card["seeds"]["seed"] == 2]
+        found = arms.compare(arms.group(few))
+        assert found.arms[-1].name == "better" and math.isnan(found.differences["better"].mean)
+        assert "over documents alone" in " ".join(arms_tables.notes(found))  # of the worse
+        found = arms.compare(arms.group(runs), "better")
+        assert [arm.name for arm in found.arms] == ["plain", "worse", "better"]
+        cells = [row[3].text for row in arms_tables.main_table(found).rows]
+        assert cells == ["the reference diverged"] * 2 + ["reference"]
+        assert arms_tables.notes(found) == []
+
+    @pytest.mark.parametrize("suffix", [".html", ".md", ".csv", ".tex"])
+    def test_every_report_of_it_is_written(self, swept, tmp_path, without_plots, suffix):
+        runs = _runs_of(swept, ("plain", "worse"), range(3))
+        runs["worse"][1] = _change(runs["worse"][1], tmp_path, _no_number)
+        written = report.write([*runs["plain"], *runs["worse"]], tmp_path / f"r{suffix}")
+        assert "NaN" in written.read_text() and 'data-value="nan' not in written.read_text()
+
+    def test_the_command_line(self, swept, tmp_path, capsys):
+        runs = _runs_of(swept, ("plain", "worse"), range(3))
+        runs["worse"][1] = _change(runs["worse"][1], tmp_path, _no_number)
+        words = ["report", *map(str, (*runs["plain"], *runs["worse"]))]
+        assert main(words) == 0
+        assert "diverged in 1 of 3 runs" in capsys.readouterr().out
+        assert main([*words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[-1]["bits_per_byte"] == "NaN"
+        assert main([*words, "--fit=isoflop"]) == 2
+        assert "diverged in 1 of 3 runs" in capsys.readouterr().err
+
+    def test_figures_are_drawn_without_it(self, runs):
+        pytest.importorskip("matplotlib")
+        assert arms_plots.figures(arms.compare(arms.group(runs)))
+
+    def test_nothing_is_said_of_its_crossing(self):
+        plain, other = (TestCrossing().arm(name, x, s) for name, x, s in CROSSING)
+        lost = arms.Comparison((plain, other), plain, "float32", {}, {"other": 1})
+        assert crossing.notes(lost) == []
+
+
+class TestUnequalSeeds:
+    """The reference has seeds 1 to 4, an arm has 0 and 1: one pair."""
+
+    @pytest.fixture
+    def found(self, swept):
+        names = [*(("plain", s) for s in (1, 2, 3, 4)), *(("worse", s) for s in (0, 1))]
+        names += [("alike", s) for s in range(5)]
+        loaded = report.load_all([swept / f"{name}-seed={seed}" for name, seed in names])[0]
+        runs = [dataclasses.replace(r, label=n) for r, (n, _) in zip(loaded, names, strict=True)]
+        return arms.compare(arms.group(runs))
+
+    def test_n_says_how_many_are_paired(self, found, swept):
+        row = {row[0].text: row for row in arms_tables.main_table(found).rows}
+        shown = {name: cells[1].line for name, cells in row.items()}
+        assert shown == {"plain": "4", "worse": "2 (1 pair)", "alike": "5 (4 pairs)"}
+        numbers = {row["arm"]: (row["n"], row["pairs"]) for row in arms_rows.rows(found)}
+        assert numbers == {"plain": (4, None), "worse": (2, 1), "alike": (5, 4)}
+        assert "worse & 2 (1 pair) &" in arms_page.render(found, ".tex", [], "r")
+
+    def test_the_note_on_one_pair_says_what_its_interval_is_over(self, found):
+        told = " ".join(arms_tables.notes(found))
+        assert "spread between seeds: its interval is over documents alone." in told
+        assert "With 4 pairs the sign-flip" in told
+        alone = [
+            dataclasses.replace(run, documents=None, label=arm.name)
+            for arm in found.arms
+            for run in arm.runs.values()
+        ]
+        without = arms.compare(arms.group(alone), "plain")
+        (cell,) = (row[3] for row in arms_tables.main_table(without).rows if row[0].text == "worse")
+        assert "[interval not measured]" in cell.line
+        told = " ".join(arms_tables.notes(without))
+        assert "spread between seeds: without its documents it has no interval." in told
+
+    def test_the_note_on_the_sign_flip_test_is_of_the_most_pairs(self, swept):
+        runs = _runs_of(swept, ("plain", "alike"), range(5)) | _runs_of(swept, ("worse",), (0, 1))
+        loaded = report.load_all([path for paths in runs.values() for path in paths])[0]
+        names = [name for name, paths in runs.items() for _ in paths]
+        named = [dataclasses.replace(r, label=n) for r, n in zip(loaded, names, strict=True)]
+        told = " ".join(arms_tables.notes(arms.compare(arms.group(named))))
+        assert "With 5 pairs, the most of this table, the sign-flip test cannot" in told
+
+
+def test_a_small_p_of_the_sign_flip_test_is_not_zero():
+    flip = paired.sign_flip(np.zeros(18), np.ones(18))
+    found = arms.Difference({}, 1.0, 0.5, 1.5, "seeds", sign_flip=flip)
+    assert arms_tables._flip(found).line == "<0.0001"
+
+
+def test_documents_that_say_nothing_have_no_interval_in_the_table(compared):
+    lost = two_levels.TwoLevels(0.1, math.nan, math.nan, 0.1, math.nan)
+    changed = dataclasses.replace(compared.differences["worse"], both=lost)
+    found = dataclasses.replace(compared, differences=compared.differences | {"worse": changed})
+    (cell,) = (row[3] for row in arms_tables.main_table(found).rows if row[0].text == "worse")
+    assert cell.detail == "with documents [interval not measured]"
+
+
 def test_sweeps_that_are_not_finished(swept, tmp_path, without_plots):
     folder = tmp_path / "half"
     folder.mkdir()
@@ -301,6 +433,9 @@ def test_bytes_are_of_all_weights(compared):
     evaluation = card["evaluation"] | {"rows": dense}
     run = dataclasses.replace(run, card=card | {"evaluation": evaluation})
     assert [arms_plots.weight_bytes(run, row) for row in run.rows] == [400, 200]
+
+
+CROSSING = ("plain", 1e6, 0.1), ("other", 2e6, 0.2)  # name, FLOPs per token, slope
 
 
 class TestCrossing:

@@ -114,9 +114,11 @@ def _task_values(arm: Arm) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
 
 
 def _mean(values: Sequence[float | None], digits: int) -> Cell:
-    known = [value for value in values if value is not None and np.isfinite(value)]
+    known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return Cell("")
+    if not np.isfinite(known).all():
+        return Cell("NaN")
     found = paired.mean_interval(known)
     bounds = (
         f"[{fmt.fixed(found.low, digits)}, {fmt.fixed(found.high, digits)}]"

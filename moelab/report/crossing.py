@@ -86,12 +86,16 @@ def _asked(comparison: Comparison) -> bool:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Says of each arm where it crosses the reference, and of which no crossing is shown; first, of which numbers."""
-    if not _asked(comparison):
-        return []
+    """Says of each arm where it crosses the reference, and of which no crossing is shown; first, of which numbers.
+
+    Nothing is said of arms that diverged.
+    """
     told, without, base = [], [], comparison.reference.name
+    if not _asked(comparison) or base in comparison.diverged:
+        return []
     for arm in comparison.arms:
-        found = None if arm is comparison.reference else crossings(comparison.reference, arm)
+        left_out = arm is comparison.reference or arm.name in comparison.diverged
+        found = None if left_out else crossings(comparison.reference, arm)
         for place, b_gains in found or ():
             way = "better beyond" if b_gains else "worse beyond"
             bounds = f"[{place.low:.3g}, {place.high:.3g}]"

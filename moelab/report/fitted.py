@@ -58,6 +58,12 @@ def fit(comparison: Comparison, kind: str) -> Fitted:
         guess = spelling.hint(kind, KINDS, "--fit=") or f"; there are {', '.join(KINDS)}"
         raise ReportError(f"no fit {kind!r}{guess}")
     arms = [arm for arm in comparison.arms if not arm.apart]
+    for arm in arms:
+        if arm.name in comparison.diverged:
+            count = comparison.diverged[arm.name]
+            raise ReportError(
+                f"--fit={kind}: {arm.name} diverged in {count} of {len(arm.runs)} runs"
+            )
     seeds = sorted(set.intersection(*(set(arm.runs) for arm in arms))) if arms else []
     if not seeds:
         raise ReportError(f"--fit={kind} wants arms with a seed in common")

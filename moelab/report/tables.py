@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import IO, Any
 
+from moelab import metrics
 from moelab.report import conventions, statistics
 from moelab.report import formatting as fmt
 from moelab.report.runs import REFERENCE, Run
@@ -237,12 +238,12 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Writes unrounded rows (`result_rows`) as CSV; an empty cell is not measured."""
+    """Writes unrounded rows (`result_rows`) as CSV; an empty cell is not measured, a non-finite number has its name."""
     out = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(out, columns, lineterminator="\n", restval="")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(metrics.plain(row) for row in rows)
     return out.getvalue()
 
 
