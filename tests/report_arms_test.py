@@ -28,14 +28,17 @@ from moelab.report import (
     arms_tables,
     canvas,
     citations,
+    compare,
     crossing,
     fitted,
     latex,
     paired,
     papers,
+    tables,
     two_levels,
 )
 from moelab.report import card as cards
+from moelab.report import formatting as fmt
 from moelab.report.tables import Cell, Table
 
 SEEDS = 5
@@ -698,9 +701,58 @@ class TestMeasures:
         assert arms_measures.tasks(in_validation) is None
 
 
+ODD = Table(  # names that LaTeX would take for options of the line before, or for a paragraph
+    "[a]",
+    ("[b]", "c"),
+    ((Cell("[2pt]"), Cell("1")), (Cell("*"), Cell("2")), (Cell("a\n\nb\x00"), Cell("[3]"))),
+)
+
+
+def test_latex_rows_begin_with_no_option_and_stay_on_their_line():
+    text = latex.table(ODD, ["d\n\ne"], "f")
+    body = text[text.index("\\toprule") : text.index("\\bottomrule")].splitlines()
+    assert body == [
+        "\\toprule",
+        "{}[b] & c \\\\",
+        "\\midrule",
+        "{}[2pt] & 1 \\\\",
+        "{}* & 2 \\\\",
+        "a b & [3] \\\\",
+    ]
+    assert "\\caption{[a]. d e}" in text
+
+
+def test_names_are_escaped_wherever_markdown_has_them(swept, tmp_path):
+    mark = "<script>x</script>\n\n# y"
+    loaded = report.load_all([swept])[0]
+    named = [dataclasses.replace(r, label=r.label.replace("plain", mark)) for r in loaded]
+    found = arms.compare(arms.group(named), mark)
+    text = arms_page.render(found, ".md", [f"{mark} is not finished"], "r")
+    assert "difference to &lt;script>x&lt;/script> # y over paired seeds" in text
+    assert "<script>" not in text and "\n# y" not in text
+    bound = dict(name=mark, bound=mark)
+    runs = [dataclasses.replace(r, card=r.card | bound) for r in loaded[:2]]
+    text = compare.render_markdown(
+        [dataclasses.replace(r, directory=Path(f"<b>{i}")) for i, r in enumerate(runs)]
+    )
+    assert "<script>" not in text and "<b>" not in text and "\n# y" not in text
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_without_a_minus_sign_gets_the_whole_table(compared, encoding):
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, encoding=encoding) as out:
+        tables.print_table(arms_tables.main_table(compared), file=out, width=300)
+        out.flush()
+        text = written.getvalue().decode(encoding)
+    shown = fmt.fixed(compared.differences["better"].mean, 4)
+    assert shown.startswith("\N{MINUS SIGN}") and shown.replace("\N{MINUS SIGN}", "-") in text
+    assert "worse" in text and "?" not in text
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 def test_latex_compiles(swept, tmp_path):
-    table = report.write([swept], tmp_path / "t.tex").read_text()
+    table = report.write([swept], tmp_path / "t.tex").read_text() + latex.table(ODD, [], "odd")
     head = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n"
     (tmp_path / "d.tex").write_text(head + table + "\\end{document}\n")
     words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "d.tex"]
