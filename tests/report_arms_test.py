@@ -473,6 +473,15 @@ class TestCrossing:
         assert "other crosses plain" in figure.caption and "training FLOPs" in figure.svg
         assert "mathdefault" not in figure.svg and "1e+10" in figure.svg
 
+    def test_rows_have_its_places(self):
+        plain, other = (self.arm(*one) for one in CROSSING)
+        compared = arms.Comparison((plain, other), plain, "float32", {})
+        (found,) = crossing.crossings(plain, other)
+        names = [f"crossing.1.{key}" for key in ("flops", "low", "high", "better_beyond")]
+        row = arms_rows._crossings(other, compared)
+        assert row == dict(zip(names, (*found.place, True), strict=True))
+        assert arms_rows._crossings(plain, compared) == {}
+
     def test_what_is_not_shown_is_not_said(self):
         plain, other = self.arm("plain", 1e6, 0.1), self.arm("other", 2e6, 0.1, noise=0.01)
         compared = arms.Comparison((plain, other), plain, "float32", {})
@@ -699,6 +708,24 @@ class TestMeasures:
         assert names == ["facts: accuracy, float32", "facts: accuracy, bf16"]
         in_validation = dataclasses.replace(asked_of, precision=arms.VALIDATION)
         assert arms_measures.tasks(in_validation) is None
+        numbers = arms_rows.rows(asked_of)[0]
+        found = [numbers[f"task.facts.accuracy.float32{end}"] for end in ("", ".low", ".high")]
+        assert found == pytest.approx([0.52, low, high])
+        assert numbers["task.facts.accuracy.bf16"] == pytest.approx(0.42)
+
+    def test_rows_have_the_domains_behind_all_other_columns(self, swept, compared, tmp_path):
+        written = report.write([swept], tmp_path / "r.csv").read_text()
+        rows = list(csv.DictReader(io.StringIO(written)))
+        columns = list(rows[0])
+        first = columns.index(f"seed{SEEDS - 1}") + 1
+        names = [f"bits_per_byte.{d}" for d in run_directory.DOMAINS]
+        assert columns[first:] == [f"{n}{end}" for n in names for end in ("", ".low", ".high")]
+        table = arms_measures.domains(compared)
+        for row, cells in zip(rows, table.rows, strict=False):  # then the baselines
+            for name, cell in zip(names, cells[1:], strict=True):
+                assert float(row[name]) == pytest.approx(cell.value)
+                shown = [f"{float(row[f'{name}.{end}']):.4f}" for end in ("low", "high")]
+                assert cell.bounds == f"[{', '.join(shown)}]"
 
 
 ODD = Table(  # names that LaTeX would take for options of the line before, or for a paragraph

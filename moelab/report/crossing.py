@@ -66,6 +66,13 @@ def crossings(base: Arm, arm: Arm) -> list[fits.Crossover] | None:
     return [_between_looks(one, looks) for one in fits.crossovers(budget_X, a_SX, b_SX)]
 
 
+def of_arm(arm: Arm, comparison: Comparison) -> list[fits.Crossover] | None:
+    """Finds where an arm crosses the reference; None where arms cost the same, or one of the two diverged."""
+    base = comparison.reference
+    lost = comparison.diverged.keys() & {arm.name, base.name}
+    return None if arm is base or lost or not _asked(comparison) else crossings(base, arm)
+
+
 def _between_looks(found: fits.Crossover, looks: Sequence[np.ndarray]) -> fits.Crossover:
     """Widens the bounds to the looks of either arm around them."""
     place = found.place
@@ -91,11 +98,8 @@ def notes(comparison: Comparison) -> list[str]:
     Nothing is said of arms that diverged.
     """
     told, without, base = [], [], comparison.reference.name
-    if not _asked(comparison) or base in comparison.diverged:
-        return []
     for arm in comparison.arms:
-        left_out = arm is comparison.reference or arm.name in comparison.diverged
-        found = None if left_out else crossings(comparison.reference, arm)
+        found = of_arm(arm, comparison)
         for place, b_gains in found or ():
             way = "better beyond" if b_gains else "worse beyond"
             bounds = f"[{place.low:.3g}, {place.high:.3g}]"
