@@ -17,6 +17,7 @@ from report_page_test import _parse
 from scipy import stats
 
 import moelab
+from moelab import config as configs
 from moelab import report, sweep_file
 from moelab.cli import main
 from moelab.report import (
@@ -849,6 +850,14 @@ class TestCitations:
             "filter gopher_quality": ["2112.11446"],
         }
         assert r"Analysis \& Insights" in citations.bibtex([config])
+
+    @pytest.mark.parametrize("name", ["fine_grained", "coarse", "top_k", "switch"])
+    def test_fine_grained_experts_are_cited_where_a_config_has_them(self, name):
+        config = configs.load(f"experiments/routing/{name}.py").config
+        found = citations.methods(configs.record(config)["config"])
+        assert found.get("fine-grained experts") == (
+            ["2401.06066"] if name == "fine_grained" else None
+        )
 
     def test_a_paper_without_an_entry_says_so(self, monkeypatch):
         monkeypatch.delitem(papers.PAPERS, "2202.09368")
