@@ -256,6 +256,13 @@ def _at(value, path):
         ("parameters.active", None, "parameters.active wants a number, not null"),
         ("parameters.active", "x", "parameters.active wants a number, not text"),
         ("training.tokens", "x", "training.tokens wants a number, not text"),
+        ("seeds.seed", None, "seeds.seed wants a whole number, not null"),
+        ("seeds", {}, "seeds.seed wants a whole number, not nothing"),
+        (
+            "data.mixture",
+            {"epochs": 1, "unique_tokens": 1, "streams": [{}]},
+            "data.mixture.streams[0].domain wants text, not nothing",
+        ),
         ("seeds.seed", 0.5, "seeds.seed wants a whole number, not a number"),
         (
             "evaluation.rows.1.max_violation",
@@ -286,7 +293,7 @@ def _at(value, path):
 def test_a_damaged_card_is_refused_and_the_place_named(run_path, tmp_path, place, value, message):
     def change(card):
         above, _, key = place.rpartition(".")
-        _at(card, above)[key] = value
+        (_at(card, above) if above else card)[key] = value
 
     alone = _edit(run_path, tmp_path, change)
     with pytest.raises(report.ReportError, match=re.escape(message)) as error:
@@ -321,7 +328,7 @@ def test_the_committed_cards_are_not_damaged():
         ),
         (
             lambda r: r["router"].pop("layers"),
-            "line 3: router.layers wants a list of nothing but numbers",
+            "line 3: router.layers wants 2 layers, not 0",
         ),
         (
             lambda r: r["router"]["max_violation"].append(1.0),

@@ -14,7 +14,7 @@ _TRAINING = (
 )
 
 PLACES = {
-    "seeds.seed": "whole",
+    "seeds.seed": "whole!",
     "environment.git": "object?",
     "environment.git.commit": "text?",
     "environment.git.diff_sha256": "text?",

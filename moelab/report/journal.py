@@ -24,7 +24,7 @@ PLACES = {
     "bits_per_byte": "object?",
     "bits_per_byte.*": "number?",
     "router": "object",
-    "router.layers": "numbers!",
+    "router.layers": "numbers",
     **{f"router.{key}": "numbers" for key in _BY_LAYER},
     "router.load": "list",
     "router.load.*": "numbers",
@@ -55,11 +55,12 @@ def _check_shapes(records: Sequence[dict[str, Any]], path: Path) -> None:
         known = [key for key in (*_BY_LAYER, "load") if router.get(key)]
         if not known:
             continue
-        layers = layers or len(router["layers"])
-        for key in known:
-            if {len(router["layers"]), len(router[key])} != {layers}:
+        sizes = {key: len(router.get(key) or ()) for key in ("layers", *known)}
+        layers = layers or sizes["layers"]
+        for key, size in sizes.items():
+            if size != layers:
                 raise metrics.MetricsError(
-                    f"{path}, line {line}: router.{key} wants {layers} layers, not {len(router[key])}"
+                    f"{path}, line {line}: router.{key} wants {layers} layers, not {size}"
                 )
         for load in router.get("load") or ():
             experts = experts or len(load)

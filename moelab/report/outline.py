@@ -1,8 +1,8 @@
 """What kinds of values a JSON document must hold where reports read them.
 
 An outline maps places to kinds. A place is a dotted path; `*` is every element of a list or value of an object. A kind
-is one of KINDS; with `?` null is one, too; with `!` the place must exist where its object has anything in it. What is
-not there is fine otherwise, and what lies in a value of another kind is not looked for.
+is one of KINDS; with `?` null is one, too; with `!` the place must exist where its object does. What is not there is
+fine otherwise, and what lies in a value of another kind is not looked for.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _places(
         for key in value if head == "*" else [head]:
             if key in value:
                 yield from _places(value[key], rest, required, f"{dotted}{key}")
-            elif required and value and not rest:
+            elif required and not rest:
                 yield f"{dotted}{key}", _MISSING
 
 
