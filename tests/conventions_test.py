@@ -85,6 +85,9 @@ def test_of_a_config():
     }
     assert conventions.of_config(config, 4) == conventions.equivalent(0.02, 2, 8, 4, 2)
     assert conventions.of_config(config, 0) is None
+    assert (
+        conventions.of_config(config | {"router": {"k": 9}}, 4) is None
+    )  # a card may say anything
     config["balance"]["switch_loss"]["first_choice_only"] = True
     assert conventions.of_config(config, 4) is None
     assert conventions.of_config({"seed": 0}, 4) is None

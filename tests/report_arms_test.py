@@ -19,22 +19,29 @@ from report_page_test import _parse
 from scipy import stats
 
 import moelab
+from moelab import config as configs
 from moelab import report, sweep_file
 from moelab.cli import main
 from moelab.report import (
     arms,
     arms_measures,
+    arms_page,
     arms_plots,
+    arms_rows,
     arms_tables,
     canvas,
     citations,
+    compare,
     crossing,
     fitted,
     latex,
     paired,
     papers,
+    tables,
+    two_levels,
 )
 from moelab.report import card as cards
+from moelab.report import formatting as fmt
 from moelab.report.tables import Cell, Table
 
 SEEDS = 5
@@ -202,6 +209,135 @@ def test_other_schemas_of_configs_are_refused(swept, tmp_path):
         report.write(runs, tmp_path / "r.md")
 
 
+def _runs_of(swept, names, seeds):
+    return {name: [swept / f"{name}-seed={seed}" for seed in seeds] for name in names}
+
+
+def _no_number(card):
+    """As the toolkit writes the card of a run that diverged."""
+    for row in card["evaluation"]["rows"]:
+        row["bits_per_byte"] = dict.fromkeys(row["bits_per_byte"], "NaN")
+        row["loss"] = row["loss_delta"] = "NaN"
+
+
+class TestDiverged:
+    @pytest.fixture
+    def runs(self, swept, tmp_path):
+        """Three arms of three seeds, the better one lost in the last of them."""
+        found = _runs_of(swept, ("plain", "better", "worse"), range(3))
+        found["better"][2] = _change(found["better"][2], tmp_path, _no_number)
+        loaded = report.load_all([path for paths in found.values() for path in paths])[0]
+        names = [name for name, paths in found.items() for _ in paths]
+        return [dataclasses.replace(r, label=n) for r, n in zip(loaded, names, strict=True)]
+
+    def test_it_is_last_marked_and_left_out_of_the_sentences(self, runs):
+        found = arms.compare(arms.group(runs))
+        assert [arm.name for arm in found.arms] == ["plain", "worse", "better"]
+        assert found.diverged == {"better": 1}
+        row = arms_tables.main_table(found).rows[-1]
+        assert [cell.line for cell in row[1:7]] == (
+            ["3", "NaN", "diverged in 1 of 3 runs", "", "", ""]
+        )
+        without = [run for run in runs if run.label != "better"]
+        told = arms_tables.notes(arms.compare(arms.group(without)))
+        assert arms_tables.notes(found) == told
+
+    def test_so_is_one_pair_and_a_reference(self, runs):
+        few = [r for r in runs if r.label == "plain" or r.card["seeds"]["seed"] == 2]
+        found = arms.compare(arms.group(few))
+        assert found.arms[-1].name == "better" and math.isnan(found.differences["better"].mean)
+        assert "over documents alone" in " ".join(arms_tables.notes(found))  # of the worse
+        found = arms.compare(arms.group(runs), "better")
+        assert [arm.name for arm in found.arms] == ["plain", "worse", "better"]
+        cells = [row[3].text for row in arms_tables.main_table(found).rows]
+        assert cells == ["the reference diverged"] * 2 + ["reference"]
+        assert arms_tables.notes(found) == []
+
+    @pytest.mark.parametrize("suffix", [".html", ".md", ".csv", ".tex"])
+    def test_every_report_of_it_is_written(self, swept, tmp_path, without_plots, suffix):
+        runs = _runs_of(swept, ("plain", "worse"), range(3))
+        runs["worse"][1] = _change(runs["worse"][1], tmp_path, _no_number)
+        written = report.write([*runs["plain"], *runs["worse"]], tmp_path / f"r{suffix}")
+        assert "NaN" in written.read_text() and 'data-value="nan' not in written.read_text()
+
+    def test_the_command_line(self, swept, tmp_path, capsys):
+        runs = _runs_of(swept, ("plain", "worse"), range(3))
+        runs["worse"][1] = _change(runs["worse"][1], tmp_path, _no_number)
+        words = ["report", *map(str, (*runs["plain"], *runs["worse"]))]
+        assert main(words) == 0
+        assert "diverged in 1 of 3 runs" in capsys.readouterr().out
+        assert main([*words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[-1]["bits_per_byte"] == "NaN"
+        assert main([*words, "--fit=isoflop"]) == 2
+        assert "diverged in 1 of 3 runs" in capsys.readouterr().err
+
+    def test_figures_are_drawn_without_it(self, runs):
+        pytest.importorskip("matplotlib")
+        assert arms_plots.figures(arms.compare(arms.group(runs)))
+
+    def test_nothing_is_said_of_its_crossing(self):
+        plain, other = (TestCrossing().arm(name, x, s) for name, x, s in CROSSING)
+        lost = arms.Comparison((plain, other), plain, "float32", {}, {"other": 1})
+        assert crossing.notes(lost) == []
+
+
+class TestUnequalSeeds:
+    """The reference has seeds 1 to 4, an arm has 0 and 1: one pair."""
+
+    @pytest.fixture
+    def found(self, swept):
+        names = [*(("plain", s) for s in (1, 2, 3, 4)), *(("worse", s) for s in (0, 1))]
+        names += [("alike", s) for s in range(5)]
+        loaded = report.load_all([swept / f"{name}-seed={seed}" for name, seed in names])[0]
+        runs = [dataclasses.replace(r, label=n) for r, (n, _) in zip(loaded, names, strict=True)]
+        return arms.compare(arms.group(runs))
+
+    def test_n_says_how_many_are_paired(self, found, swept):
+        row = {row[0].text: row for row in arms_tables.main_table(found).rows}
+        shown = {name: cells[1].line for name, cells in row.items()}
+        assert shown == {"plain": "4", "worse": "2 (1 pair)", "alike": "5 (4 pairs)"}
+        numbers = {row["arm"]: (row["n"], row["pairs"]) for row in arms_rows.rows(found)}
+        assert numbers == {"plain": (4, None), "worse": (2, 1), "alike": (5, 4)}
+        assert "worse & 2 (1 pair) &" in arms_page.render(found, ".tex", [], "r")
+
+    def test_the_note_on_one_pair_says_what_its_interval_is_over(self, found):
+        told = " ".join(arms_tables.notes(found))
+        assert "spread between seeds: its interval is over documents alone." in told
+        assert "With 4 pairs the sign-flip" in told
+        alone = [
+            dataclasses.replace(run, documents=None, label=arm.name)
+            for arm in found.arms
+            for run in arm.runs.values()
+        ]
+        without = arms.compare(arms.group(alone), "plain")
+        (cell,) = (row[3] for row in arms_tables.main_table(without).rows if row[0].text == "worse")
+        assert "[interval not measured]" in cell.line
+        told = " ".join(arms_tables.notes(without))
+        assert "spread between seeds: without its documents it has no interval." in told
+
+    def test_the_note_on_the_sign_flip_test_is_of_the_most_pairs(self, swept):
+        runs = _runs_of(swept, ("plain", "alike"), range(5)) | _runs_of(swept, ("worse",), (0, 1))
+        loaded = report.load_all([path for paths in runs.values() for path in paths])[0]
+        names = [name for name, paths in runs.items() for _ in paths]
+        named = [dataclasses.replace(r, label=n) for r, n in zip(loaded, names, strict=True)]
+        told = " ".join(arms_tables.notes(arms.compare(arms.group(named))))
+        assert "With 5 pairs, the most of this table, the sign-flip test cannot" in told
+
+
+def test_a_small_p_of_the_sign_flip_test_is_not_zero():
+    flip = paired.sign_flip(np.zeros(18), np.ones(18))
+    found = arms.Difference({}, 1.0, 0.5, 1.5, "seeds", sign_flip=flip)
+    assert arms_tables._flip(found).line == "<0.0001"
+
+
+def test_documents_that_say_nothing_have_no_interval_in_the_table(compared):
+    lost = two_levels.TwoLevels(0.1, math.nan, math.nan, 0.1, math.nan)
+    changed = dataclasses.replace(compared.differences["worse"], both=lost)
+    found = dataclasses.replace(compared, differences=compared.differences | {"worse": changed})
+    (cell,) = (row[3] for row in arms_tables.main_table(found).rows if row[0].text == "worse")
+    assert cell.detail == "with documents [interval not measured]"
+
+
 def test_sweeps_that_are_not_finished(swept, tmp_path, without_plots):
     folder = tmp_path / "half"
     folder.mkdir()
@@ -305,6 +441,9 @@ def test_bytes_are_of_all_weights(compared):
     assert [arms_plots.weight_bytes(run, row) for row in run.rows] == [400, 200]
 
 
+CROSSING = ("plain", 1e6, 0.1), ("other", 2e6, 0.2)  # name, FLOPs per token, slope
+
+
 class TestCrossing:
     """plain at 1e6 FLOPs per token, worse at 2e6: curves that are lines in log FLOPs, equal at 4e10."""
 
@@ -336,6 +475,15 @@ class TestCrossing:
         figure = crossing.figure(compared)
         assert "other crosses plain" in figure.caption and "training FLOPs" in figure.svg
         assert "mathdefault" not in figure.svg and "1e+10" in figure.svg
+
+    def test_rows_have_its_places(self):
+        plain, other = (self.arm(*one) for one in CROSSING)
+        compared = arms.Comparison((plain, other), plain, "float32", {})
+        (found,) = crossing.crossings(plain, other)
+        names = [f"crossing.1.{key}" for key in ("flops", "low", "high", "better_beyond")]
+        row = arms_rows._crossings(other, compared)
+        assert row == dict(zip(names, (*found.place, True), strict=True))
+        assert arms_rows._crossings(plain, compared) == {}
 
     def test_what_is_not_shown_is_not_said(self):
         plain, other = self.arm("plain", 1e6, 0.1), self.arm("other", 2e6, 0.1, noise=0.01)
@@ -392,6 +540,16 @@ class TestFits:
         svg = fitted.figure(found).svg
         assert "active parameters" in svg and "mathdefault" not in svg and "5 M" in svg
 
+    def test_an_isoflop_says_of_which_seeds_the_loss_is_and_none_where_there_is_no_minimum(self):
+        wavy = {"loss": lambda n: 2 + 0.05 * math.log(n / 5e6) ** 2 + 0.001 * math.sin(n)}
+        assert fitted.fit(self.sizes(**wavy, seeds=1), "isoflop").sentence.endswith(
+            " of this seed."
+        )
+        assert "of this seed" not in fitted.fit(self.sizes(**wavy), "isoflop").sentence
+        far = fitted.fit(self.sizes(loss=lambda n: 2 + 0.05 * math.log(n / 1e9) ** 2), "isoflop")
+        assert far.sentence.endswith("outside the sizes that ran.")
+        assert math.isnan(far.result["bits_per_byte"]["estimate"])
+
     def test_isoflop_wants_equal_flops(self):
         unequal = {"training": lambda n: {"flops_per_token": 6 * n, "tokens": 1e6}}
         with pytest.raises(report.ReportError, match="equal training FLOPs; n1e.06 has"):
@@ -408,6 +566,9 @@ class TestFits:
         assert found.result["exponent"]["estimate"] == pytest.approx(0.6, rel=1e-3)
         assert "exponent 0.60 [0.60, 0.60]" in found.sentence
         assert found.curve(np.array([2.0]))[0] == pytest.approx(2.1 + 0.3 * 2**-0.6, rel=1e-4)
+        flat = fitted.fit(self.comparison((1, 2, 4, 8), lambda g: 2.0, **card), "granularity")
+        assert flat.sentence.endswith("no gain: the points are all at 2.1000.")
+        assert flat.curve(np.array([1.0, 2.0])) == pytest.approx([2.1, 2.1])
         other = card | {"parameters": lambda g: {"active": 100 * g, "total": 800}}
         with pytest.raises(report.ReportError, match="equal active parameters; n1 has 100 and n8"):
             fitted.fit(self.comparison((1, 8), lambda g: g, **other), "granularity")
@@ -550,11 +711,78 @@ class TestMeasures:
         assert names == ["facts: accuracy, float32", "facts: accuracy, bf16"]
         in_validation = dataclasses.replace(asked_of, precision=arms.VALIDATION)
         assert arms_measures.tasks(in_validation) is None
+        numbers = arms_rows.rows(asked_of)[0]
+        found = [numbers[f"task.facts.accuracy.float32{end}"] for end in ("", ".low", ".high")]
+        assert found == pytest.approx([0.52, low, high])
+        assert numbers["task.facts.accuracy.bf16"] == pytest.approx(0.42)
+
+    def test_rows_have_the_domains_behind_all_other_columns(self, swept, compared, tmp_path):
+        written = report.write([swept], tmp_path / "r.csv").read_text()
+        rows = list(csv.DictReader(io.StringIO(written)))
+        columns = list(rows[0])
+        first = columns.index(f"seed{SEEDS - 1}") + 1
+        names = [f"bits_per_byte.{d}" for d in run_directory.DOMAINS]
+        assert columns[first:] == [f"{n}{end}" for n in names for end in ("", ".low", ".high")]
+        table = arms_measures.domains(compared)
+        for row, cells in zip(rows, table.rows, strict=False):  # then the baselines
+            for name, cell in zip(names, cells[1:], strict=True):
+                assert float(row[name]) == pytest.approx(cell.value)
+                shown = [f"{float(row[f'{name}.{end}']):.4f}" for end in ("low", "high")]
+                assert cell.bounds == f"[{', '.join(shown)}]"
+
+
+ODD = Table(  # names that LaTeX would take for options of the line before, or for a paragraph
+    "[a]",
+    ("[b]", "c"),
+    ((Cell("[2pt]"), Cell("1")), (Cell("*"), Cell("2")), (Cell("a\n\nb\x00"), Cell("[3]"))),
+)
+
+
+def test_latex_rows_begin_with_no_option_and_stay_on_their_line():
+    text = latex.table(ODD, ["d\n\ne"], "f")
+    body = text[text.index("\\toprule") : text.index("\\bottomrule")].splitlines()
+    assert body == [
+        "\\toprule",
+        "{}[b] & c \\\\",
+        "\\midrule",
+        "{}[2pt] & 1 \\\\",
+        "{}* & 2 \\\\",
+        "a b & [3] \\\\",
+    ]
+    assert "\\caption{[a]. d e}" in text
+
+
+def test_names_are_escaped_wherever_markdown_has_them(swept, tmp_path):
+    mark = "<script>x</script>\n\n# y"
+    loaded = report.load_all([swept])[0]
+    named = [dataclasses.replace(r, label=r.label.replace("plain", mark)) for r in loaded]
+    found = arms.compare(arms.group(named), mark)
+    text = arms_page.render(found, ".md", [f"{mark} is not finished"], "r")
+    assert "difference to &lt;script>x&lt;/script> # y over paired seeds" in text
+    assert "<script>" not in text and "\n# y" not in text
+    bound = dict(name=mark, bound=mark)
+    runs = [dataclasses.replace(r, card=r.card | bound) for r in loaded[:2]]
+    text = compare.render_markdown(
+        [dataclasses.replace(r, directory=Path(f"<b>{i}")) for i, r in enumerate(runs)]
+    )
+    assert "<script>" not in text and "<b>" not in text and "\n# y" not in text
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_without_a_minus_sign_gets_the_whole_table(compared, encoding):
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, encoding=encoding) as out:
+        tables.print_table(arms_tables.main_table(compared), file=out, width=300)
+        out.flush()
+        text = written.getvalue().decode(encoding)
+    shown = fmt.fixed(compared.differences["better"].mean, 4)
+    assert shown.startswith("\N{MINUS SIGN}") and shown.replace("\N{MINUS SIGN}", "-") in text
+    assert "worse" in text and "?" not in text
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 def test_latex_compiles(swept, tmp_path):
-    table = report.write([swept], tmp_path / "t.tex").read_text()
+    table = report.write([swept], tmp_path / "t.tex").read_text() + latex.table(ODD, [], "odd")
     head = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n"
     (tmp_path / "d.tex").write_text(head + table + "\\end{document}\n")
     words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "d.tex"]
@@ -624,6 +852,14 @@ class TestCitations:
             "filter gopher_quality": ["2112.11446"],
         }
         assert r"Analysis \& Insights" in citations.bibtex([config])
+
+    @pytest.mark.parametrize("name", ["fine_grained", "coarse", "top_k", "switch"])
+    def test_fine_grained_experts_are_cited_where_a_config_has_them(self, name):
+        config = configs.load(f"experiments/routing/{name}.py").config
+        found = citations.methods(configs.record(config)["config"])
+        assert found.get("fine-grained experts") == (
+            ["2401.06066"] if name == "fine_grained" else None
+        )
 
     def test_a_paper_without_an_entry_says_so(self, monkeypatch):
         monkeypatch.delitem(papers.PAPERS, "2202.09368")

@@ -16,6 +16,7 @@ from tiny import make_config
 
 from moelab import metrics, record, report, routers, schema
 from moelab.report import (
+    baselines,
     canvas,
     compare,
     documents,
@@ -234,6 +235,121 @@ def test_damaged_records_are_noted_not_fatal(tmp_path, without_plots):
     text = report.write([path], tmp_path / "r.md").read_text()
     assert "No curves: metrics.jsonl cannot be read" in text
     assert "No intervals: evaluation/documents.parquet cannot be read (missing)" in text
+
+
+def _at(value, path):
+    for key in path.split("."):
+        value = value[int(key) if isinstance(value, list) else key]
+    return value
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        ("environment.git", "abc", "environment.git wants an object, not text"),
+        ("environment.packages", [1], "environment.packages wants an object, not a list"),
+        ("environment.cpu", ["a"], "environment.cpu wants text, not a list"),
+        ("data.mixture", "x", "data.mixture wants an object, not text"),
+        ("data.mixture", {"epochs": 1}, "data.mixture.unique_tokens wants a number, not nothing"),
+        ("data.tokens", 5, "data.tokens wants an object, not a whole number"),
+        ("data.quality", {"inject": []}, "data.quality.outcomes wants a list, not nothing"),
+        ("parameters.active", None, "parameters.active wants a number, not null"),
+        ("parameters.active", "x", "parameters.active wants a number, not text"),
+        ("training.tokens", "x", "training.tokens wants a number, not text"),
+        ("seeds.seed", None, "seeds.seed wants a whole number, not null"),
+        ("seeds", {}, "seeds.seed wants a whole number, not nothing"),
+        (
+            "data.mixture",
+            {"epochs": 1, "unique_tokens": 1, "streams": [{}]},
+            "data.mixture.streams[0].domain wants text, not nothing",
+        ),
+        ("seeds.seed", 0.5, "seeds.seed wants a whole number, not a number"),
+        (
+            "evaluation.rows.1.max_violation",
+            3.0,
+            "evaluation.rows[1].max_violation wants a list, not a number",
+        ),
+        ("evaluation.rows.1.precision", "float32", "the precision 'float32' 2 times"),
+        ("evaluation.baselines", [1], "evaluation.baselines wants an object, not a list"),
+        (
+            "evaluation.baselines.kneser_ney_bigram",
+            2.0,
+            "evaluation.baselines.kneser_ney_bigram wants an object, not a number",
+        ),
+        ("evaluation.tasks", "x", "evaluation.tasks wants an object, not text"),
+        (
+            "evaluation.tasks",
+            {"rows": [{"task": "recall"}]},
+            "evaluation.tasks.rows[0].measure wants text, not nothing",
+        ),
+        ("evaluation.load_by_domain", [[[0.5]]], "wants layers x domains x experts"),
+        ("config.moe", "x", "config.moe wants an object, not text"),
+        ("config.balance", [1], "config.balance wants an object, not a list"),
+        ("config.balance", {"z_loss": 1}, "config.balance.z_loss wants an object, not a whole"),
+        ("config.quantization", "x", "config.quantization wants an object, not text"),
+        ("config.data", {"filter": [""]}, "data.filter[0] wants text with a word in it, not empty"),
+    ],
+)
+def test_a_damaged_card_is_refused_and_the_place_named(run_path, tmp_path, place, value, message):
+    def change(card):
+        above, _, key = place.rpartition(".")
+        (_at(card, above) if above else card)[key] = value
+
+    alone = _edit(run_path, tmp_path, change)
+    with pytest.raises(report.ReportError, match=re.escape(message)) as error:
+        report.load(alone)
+    assert f"{alone}: result.json: damaged card: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_committed_cards_are_not_damaged():
+    entries = [
+        entry
+        for path in map(baselines.find, baselines.names())
+        for entry in baselines.read_arm(path).values()
+    ]
+    assert len(entries) > 300
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r.update(router=None), "line 3: router wants an object, not null"),
+        (lambda r: r.update(router=[1]), "line 3: router wants an object, not a list"),
+        (lambda r: r.pop("step"), "line 3: step wants a whole number, not nothing"),
+        (lambda r: r.update(step="x"), "line 3: step wants a whole number, not text"),
+        (
+            lambda r: r.update(bits_per_byte=[1]),
+            "line 3: bits_per_byte wants an object, not a list",
+        ),
+        (
+            lambda r: r["router"].update(max_violation=[None, 1.0]),
+            "line 3: router.max_violation wants a list of nothing but numbers, not a list",
+        ),
+        (
+            lambda r: r["router"].pop("layers"),
+            "line 3: router.layers wants 2 layers, not 0",
+        ),
+        (
+            lambda r: r["router"]["max_violation"].append(1.0),
+            "line 3: router.max_violation wants 2 layers, not 3",
+        ),
+        (
+            lambda r: r["router"]["load"][1].append(0.0),
+            "line 3: router.load wants 8 experts, not 9",
+        ),
+    ],
+)
+def test_a_damaged_journal_leaves_no_curves(tmp_path, without_plots, change, message):
+    path = run_directory.make(tmp_path / "run", steps=5)
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    damaged = json.loads(lines[2])
+    change(damaged)
+    lines[2] = json.dumps(damaged)
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = report.write([path], tmp_path / "r.html").read_text()
+    assert "No curves: metrics.jsonl cannot be read (" in page and message in page
+    _parse(page)
 
 
 def test_runs_are_compared_pairwise(run_path, tmp_path, without_plots):

@@ -42,6 +42,20 @@ class TestSignFlip:
         b = a + rng.normal(0.3, 1, 24)
         assert paired.sign_flip(a, b).p == pytest.approx(stats.ttest_rel(b, a).pvalue, abs=0.03)
 
+    def test_a_sampled_test_states_the_least_that_it_can_give(self):
+        # No pattern that was drawn is as extreme as thirty ones; the one that came counts.
+        found = paired.sign_flip(np.zeros(30), np.ones(30))
+        assert found == (1 / 200_001, 1 / 200_001, 30)
+        assert paired.sign_flip(np.zeros(20), np.ones(20)) == (2.0**-19, 2.0**-19, 20)
+
+    def test_patterns_are_drawn_in_pieces(self):
+        pieces = [piece.shape for piece in paired._signs(2000)]
+        assert sum(rows for rows, _ in pieces) == 200_000
+        assert max(rows * n for rows, n in pieces) <= 2_000_000
+        assert sum(len(piece) for piece in paired._signs(18)) == 2**18
+        every = np.concatenate(list(paired._signs(12)))
+        assert np.unique(every, axis=0).shape == (2**12, 12) and set(every.ravel()) == {-1, 1}
+
 
 def test_holm_is_rs_p_adjust():
     # R: p.adjust(c(0.05, 0.01, 0.03, 0.04, 0.02), "holm")
@@ -152,6 +166,22 @@ class TestTwoLevels:
         found = two_levels.bootstrap(difference_SD, np.ones(10), np.array(["x"] * 5 + ["y"] * 5))
         assert found[:3] == pytest.approx((5, 5, 5))
 
+    def test_one_document_per_stratum_says_nothing_of_documents(self):
+        difference_SD = np.arange(12.0).reshape(3, 4)
+        found = two_levels.bootstrap(difference_SD, np.ones(4), np.arange(4))
+        assert found.estimate == 5.5 and found.seeds == pytest.approx(4 / math.sqrt(3))
+        assert all(map(math.isnan, (found.low, found.high, found.documents)))
+        same = two_levels.bootstrap(np.zeros((3, 4)), np.ones(4), np.arange(4))
+        assert same == (0, 0, 0, 0, 0)
+
+    def test_documents_have_a_degree_of_freedom_less_per_stratum(self):
+        rng = np.random.default_rng(0)
+        difference_D = rng.normal(0, 1, 8)
+        strata = np.repeat(np.arange(4), 2)
+        found = two_levels.bootstrap(np.tile(difference_D, (3, 1)), np.ones(8), strata)
+        # All spread is that of documents: t(0.975, 8 - 4) = 2.776445 of their standard error.
+        assert found.high - found.estimate == pytest.approx(2.776445 * found.documents, rel=1e-6)
+
     def _runs(self, shift, order):
         rng = np.random.default_rng(0)
         nats = rng.normal(100, 5, 6) + shift
@@ -222,6 +252,21 @@ class TestCoverage:
             found = two_levels.bootstrap(difference_SD, size, stratum, resamples=400)
             covered.append(found.low <= 0.3 <= found.high)
         self.check(covered)
+
+    def test_seeds_and_few_documents_per_stratum(self):
+        """With D - 1 degrees of freedom instead of one less per stratum these were 0.91 and 0.93."""
+        for strata in (3, 5):
+            rng = np.random.default_rng(strata)
+            covered, size = [], rng.integers(20, 60, 2 * strata).astype(float)
+            for _ in range(1500):
+                document_D = rng.normal(0, 0.5, 2 * strata)
+                seed_S1 = rng.normal(0, 0.02, (5, 1))
+                both_SD = rng.normal(0, 0.1, (5, 2 * strata))
+                difference_SD = (0.3 + document_D + seed_S1 + both_SD) * size
+                stratum = np.repeat(np.arange(strata), 2)
+                found = two_levels.bootstrap(difference_SD, size, stratum, resamples=400)
+                covered.append(found.low <= 0.3 <= found.high)
+            self.check(covered)
 
     def test_documents(self):
         rng = np.random.default_rng(2)

@@ -156,7 +156,7 @@ ROWS = ("evaluation", "rows", 6)
         (("files", "config.json"), "7", "files['config.json'] is no SHA-256"),
         (("evaluation", "rows"), {}, "evaluation.rows wants a list"),
         (("evaluation", "rows"), [7], "evaluation.rows wants a list"),
-        (("evaluation", "layers"), 3, "documents: cannot be checked (TypeError"),
+        (("evaluation", "layers"), 3, "evaluation.layers wants a list, not a whole number"),
         (("training",), [], "section 'training' wants dict, not list"),
     ],
 )

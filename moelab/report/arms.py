@@ -164,7 +164,8 @@ class Difference:
 
     Attributes:
       pairs: (reference, arm) by seed.
-      mean, low, high: of the differences, paired t over seeds; of a single pair, over its documents.
+      mean, low, high: of the differences, paired t over seeds; of a single pair, over its documents; NaN where a run
+        of the arm or a reference of a pair has no finite number, which leaves no test either.
       over: what the interval is over: seeds, documents, or nothing.
       both: the interval where seeds and documents vary; None without two pairs and their documents.
       t: p of the paired t test; NaN for a single pair.
@@ -197,16 +198,18 @@ class Comparison:
     """Arms against one of them.
 
     Attributes:
-      arms: ranked ones by their mean difference, then those that are not ranked.
+      arms: ranked ones by their mean difference, those that diverged last, then those that are not ranked.
       reference: the arm that the others are compared with.
       precision: of the evaluation that is compared.
       differences: by arm name; the reference has none, nor has an arm that shares no seed with it.
+      diverged: how many runs of an arm have no finite number, by arm name; only of arms that have such runs.
     """
 
     arms: tuple[Arm, ...]
     reference: Arm
     precision: str
     differences: Mapping[str, Difference]
+    diverged: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def compare(
@@ -246,12 +249,17 @@ def compare(
     for name, p in zip(ranked, corrected, strict=True):
         found[name] = dataclasses.replace(found[name], holm=p)
 
+    bits = {arm.name: list(arm.bits(precision).values()) for arm in arms}
+    lost = {name: np.count_nonzero(~np.isfinite(values)) for name, values in bits.items()}
+    diverged = {name: int(count) for name, count in lost.items() if count}
+
     def place(arm: Arm) -> tuple:
         mean = 0.0 if arm is base else found[arm.name].mean if arm.name in found else math.inf
-        return bool(arm.apart), mean
+        own = math.inf if arm.name in diverged else float(np.mean(bits[arm.name]))
+        known = mean if math.isfinite(mean) else math.inf
+        return bool(arm.apart), arm.name in diverged, known, own
 
-    base.bits(precision)  # a sole arm, too, is asked for a precision that it has
-    return Comparison(tuple(sorted(arms, key=place)), base, precision, found)
+    return Comparison(tuple(sorted(arms, key=place)), base, precision, found, diverged)
 
 
 def _difference(base: Arm, arm: Arm, precision: str) -> Difference | None:
@@ -262,14 +270,14 @@ def _difference(base: Arm, arm: Arm, precision: str) -> Difference | None:
     tables = [(base.runs[s].documents, arm.runs[s].documents) for s in pairs]
     known = all(t is not None and precision in t.nats for pair in tables for t in pair)
     a, b = zip(*pairs.values(), strict=True)
+    if not np.isfinite([*ours.values(), *a]).all():
+        return Difference(pairs, math.nan, math.nan, math.nan, "nothing")
     if len(pairs) == 1:
         mean = b[0] - a[0]
         if not known:
             return Difference(pairs, mean, math.nan, math.nan, "nothing")
         interval = statistics.bits_per_byte_between(*tables[0], precision)
         return Difference(pairs, mean, interval.low, interval.high, "documents")
-    if not np.isfinite([*a, *b]).all():
-        return Difference(pairs, math.nan, math.nan, math.nan, "nothing")
     t = statistics.paired_t(a, b)
     spread = float(np.std(np.subtract(b, a), ddof=1))
     return Difference(

@@ -32,19 +32,21 @@ def domains(comparison: Comparison) -> Table | None:
         return None
     body = []
     for arm in comparison.arms:
-        rows = [
-            r
-            for run in arm.runs.values()
-            for r in run.rows
-            if r["precision"] == comparison.precision
-        ]
-        cells = [
-            _mean([fmt.number(r["bits_per_byte"].get(name)) for r in rows], 4) for name in names
-        ]
+        found = domain_values(arm, comparison.precision)
+        cells = [_mean(found[name], 4) for name in names]
         body.append((Cell(arm.name, arm.name), *cells))
     body += _baselines(comparison.arms, names)
     title = f"Bits per byte by domain in {comparison.precision}, mean over seeds [95 %]"
     return Table(title, ("arm", *names), tuple(body))
+
+
+def domain_values(arm: Arm, precision: str) -> dict[str, list[float | None]]:
+    """Returns the bits per byte of every run of an arm by domain; none of the validation split."""
+    rows = [r for run in arm.runs.values() for r in run.rows if r["precision"] == precision]
+    return {
+        name: [fmt.number(r["bits_per_byte"].get(name)) for r in rows]
+        for name in (arm.first.domains if rows else ())
+    }
 
 
 def _baselines(arms: Sequence[Arm], domains: Sequence[str]) -> list[tuple[Cell, ...]]:
@@ -72,7 +74,7 @@ def tasks(comparison: Comparison) -> Table | None:
 
     Of the comparison's precision; of all precisions where the tasks were not asked in it.
     """
-    found = {arm.name: _task_values(arm) for arm in comparison.arms}
+    found = {arm.name: task_rows(arm) for arm in comparison.arms}
     shared = [
         key
         for key in found[comparison.reference.name]
@@ -104,8 +106,8 @@ def tasks(comparison: Comparison) -> Table | None:
     return Table("Beyond the loss, mean over seeds [95 %]", heads, tuple(body))
 
 
-def _task_values(arm: Arm) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """The arm's rows by task, measure and precision, of those that all of its runs have."""
+def task_rows(arm: Arm) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Returns the rows of an arm's runs by task, measure and precision, of those that all of its runs have."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for run in arm.runs.values():
         for row in (run.card["evaluation"].get("tasks") or {}).get("rows") or ():
@@ -114,9 +116,11 @@ def _task_values(arm: Arm) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
 
 
 def _mean(values: Sequence[float | None], digits: int) -> Cell:
-    known = [value for value in values if value is not None and np.isfinite(value)]
+    known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return Cell("")
+    if not np.isfinite(known).all():
+        return Cell("NaN")
     found = paired.mean_interval(known)
     bounds = (
         f"[{fmt.fixed(found.low, digits)}, {fmt.fixed(found.high, digits)}]"

@@ -94,15 +94,16 @@ def _merged(notes: list[str]) -> list[str]:
 
 
 def _markdown(comparison: Comparison, notes: Sequence[str], fitted: Fitted | None) -> str:
+    text = tables.markdown_text
     parts = [f"# {len(comparison.arms)} arms\n"]
-    parts += [f"> **Note.** {note}\n" for note in (*notes, *warnings(comparison))]
+    parts += [f"> **Note.** {text(note)}\n" for note in (*notes, *warnings(comparison))]
     main, points = arms_tables.main_table(comparison), arms_tables.points_table(comparison)
-    parts += [f"{main.title}.\n", tables.to_markdown(main)]
-    parts += ["\n".join(f"- {note}" for note in _told(comparison, fitted)) + "\n"]
-    parts += [arms_tables.limits(comparison) + "\n"]
+    parts += [f"{text(main.title)}.\n", tables.to_markdown(main)]
+    parts += ["\n".join(f"- {text(note)}" for note in _told(comparison, fitted)) + "\n"]
+    parts += [text(arms_tables.limits(comparison)) + "\n"]
     for table in arms_measures.all_tables(comparison):
-        parts += [f"{table.title}.\n", tables.to_markdown(table)]
-    parts += ["## Every point\n", points.title + ".\n", tables.to_markdown(points)]
+        parts += [f"{text(table.title)}.\n", tables.to_markdown(table)]
+    parts += ["## Every point\n", f"{text(points.title)}.\n", tables.to_markdown(points)]
     differing = compare.config_table(_named(comparison))
     if differing is not None:
         parts += ["## Config fields that differ\n", tables.to_markdown(differing)]

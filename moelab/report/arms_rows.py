@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from moelab.report import arms_measures, crossing, paired
 from moelab.report import formatting as fmt
-from moelab.report import paired
-from moelab.report.arms import Arm, Comparison, Difference
+from moelab.report.arms import VALIDATION, Arm, Comparison, Difference
 from moelab.report.runs import REFERENCE
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """Lists the unrounded numbers, one dict per arm. None: not measured."""
+    """Lists the unrounded numbers, one dict per arm. None: not measured.
+
+    Behind the comparison's columns and a seed's each, means over seeds with their bounds: bits per byte by domain
+    (bits_per_byte.DOMAIN, .low, .high) and tasks (task.TASK.MEASURE.PRECISION, .low, .high). Where arms differ in
+    compute, each place where an arm crosses the reference on the validation split (crossing.1.flops, crossing.1.low,
+    crossing.1.high, crossing.1.better_beyond).
+    """
     listed = []
     for arm in comparison.arms:
         bits = arm.bits(comparison.precision)
@@ -33,8 +40,42 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
         row |= _interquartile(arm, comparison.precision)
         row |= _difference_columns(comparison.differences.get(arm.name))
         row |= {f"seed{seed}": value for seed, value in bits.items()}
-        listed.append(row)
+        if comparison.precision != VALIDATION:  # what follows is of the test split
+            row |= _domains(arm, comparison.precision) | _tasks(arm)
+        listed.append(row | _crossings(arm, comparison))
     return listed
+
+
+def _domains(arm: Arm, precision: str) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for name, values in arms_measures.domain_values(arm, precision).items():
+        found |= _mean(f"bits_per_byte.{name}", values)
+    return found
+
+
+def _tasks(arm: Arm) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for key, rows in arms_measures.task_rows(arm).items():
+        found |= _mean(".".join(("task", *key)), [fmt.number(row["value"]) for row in rows])
+    return found
+
+
+def _mean(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    names = name, f"{name}.low", f"{name}.high"
+    if None in values or not np.isfinite(values).all():
+        mean = None if None in values else float(np.mean(values))
+        return dict(zip(names, (mean, None, None), strict=True))
+    found = paired.mean_interval(values)
+    return dict(zip(names, (None if math.isnan(v) else v for v in found), strict=True))
+
+
+def _crossings(arm: Arm, comparison: Comparison) -> dict[str, float | bool]:
+    found: dict[str, float | bool] = {}
+    for i, (place, b_gains) in enumerate(crossing.of_arm(arm, comparison) or (), start=1):
+        numbers = zip(("flops", "low", "high"), place, strict=True)
+        found |= {f"crossing.{i}.{key}": value for key, value in numbers}
+        found[f"crossing.{i}.better_beyond"] = b_gains
+    return found
 
 
 def _interquartile(arm: Arm, precision: str) -> dict[str, float | None]:

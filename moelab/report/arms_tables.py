@@ -20,6 +20,11 @@ PAIRED = (
     "distribution."
 )
 
+_OF_ONE_PAIR = {  # by Difference.over
+    "documents": "its interval is over documents alone",
+    "nothing": "without its documents it has no interval",
+}
+
 
 def main_table(comparison: Comparison) -> Table:
     """Builds the table of arms: quality, difference to the reference with its tests, balance and cost."""
@@ -56,9 +61,9 @@ def _row(arm: Arm, comparison: Comparison) -> tuple[Cell, ...]:
             arm.name,
             detail=f"not ranked: {arm.apart}" if arm.apart else "",
         ),
-        Cell(str(len(bits)), len(bits)),
+        Cell(_runs(len(bits), found), len(bits)),
         Cell(fmt.fixed(mean, 4), mean, detail=_spread(bits)),
-        _difference_cell(found, arm is comparison.reference),
+        _difference_cell(arm, comparison),
         _p(found),
         _flip(found),
         Cell(*_number(found.detectable if found else None, 4)),
@@ -73,20 +78,37 @@ def _number(value: float | None, digits: int) -> tuple[str, float | None]:
     return ("", None) if value is None else (fmt.fixed(value, digits), value)
 
 
+def _runs(n: int, found: Difference | None) -> str:
+    """How many runs an arm has, and how many of them its difference is of, where these differ."""
+    if found is None or found.n == n:
+        return str(n)
+    return f"{n} ({found.n} pair{'s' if found.n > 1 else ''})"
+
+
 def _spread(bits: Sequence[float]) -> str:
-    return f"sd {fmt.fixed(np.std(bits, ddof=1), 4)}" if len(bits) > 1 else ""
+    known = len(bits) > 1 and np.isfinite(bits).all()
+    return f"sd {fmt.fixed(np.std(bits, ddof=1), 4)}" if known else ""
 
 
-def _difference_cell(found: Difference | None, is_reference: bool) -> Cell:
-    if is_reference:
+def _difference_cell(arm: Arm, comparison: Comparison) -> Cell:
+    found = comparison.differences.get(arm.name)
+    if arm is comparison.reference:
         return Cell("reference", 0.0)
+    if arm.name in comparison.diverged:
+        return Cell(f"diverged in {comparison.diverged[arm.name]} of {len(arm.runs)} runs")
     if found is None:
         return Cell("no seed in common")
-    bounds = (None if math.isnan(v) else v for v in (found.low, found.high))
+    if math.isnan(found.mean):
+        return Cell("the reference diverged")
     detail = "" if found.over == "seeds" else f"one pair: over {found.over}"
     if found.over == "seeds" and found.both is not None:
-        detail = "with documents " + fmt.bounds(found.both.low, found.both.high)
-    return Cell(fmt.fixed(found.mean, 4, sign=True), found.mean, fmt.bounds(*bounds), detail)
+        detail = "with documents " + _bounds(found.both.low, found.both.high)
+    bounds = _bounds(found.low, found.high)
+    return Cell(fmt.fixed(found.mean, 4, sign=True), found.mean, bounds, detail)
+
+
+def _bounds(*bounds: float) -> str:
+    return fmt.bounds(*(None if math.isnan(bound) else bound for bound in bounds))
 
 
 def _p(found: Difference | None) -> Cell:
@@ -100,7 +122,7 @@ def _flip(found: Difference | None) -> Cell:
     flip = found.sign_flip if found else None
     if flip is None:
         return Cell("")
-    return Cell(fmt.fixed(flip.p, 4), flip.p, detail=f"least {flip.smallest:.3g}")
+    return Cell(fmt.p_value(flip.p, 4), flip.p, detail=f"least {flip.smallest:.3g}")
 
 
 def points_table(comparison: Comparison) -> Table:
@@ -114,7 +136,8 @@ def points_table(comparison: Comparison) -> Table:
         for seed in seeds:
             value = bits.get(seed)
             bounds = ""
-            if value is not None and seed in base and arm is not comparison.reference:
+            paired_here = value is not None and seed in base and arm is not comparison.reference
+            if paired_here and math.isfinite(value - base[seed]):
                 bounds = f"({fmt.fixed(value - base[seed], 4, sign=True)})"
             cells.append(Cell("" if value is None else fmt.fixed(value, 4), value, bounds))
         body.append(tuple(cells))
@@ -123,18 +146,22 @@ def points_table(comparison: Comparison) -> Table:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Says what so many seeds can show; what holds of every such table is in PAIRED."""
-    found = [d for d in comparison.differences.values() if d.n > 1]
+    """Says what so many seeds can show, of arms that did not diverge; what holds of every such table is in PAIRED."""
+    compared = [d for d in comparison.differences.values() if math.isfinite(d.mean)]
+    found = [d for d in compared if d.sign_flip is not None]
     told = []
-    if any(d.n == 1 for d in comparison.differences.values()):
+    single = {d.over for d in compared if d.n == 1}
+    if single:
+        parts = [text for over, text in _OF_ONE_PAIR.items() if over in single]
         told.append(
-            "One pair of runs says nothing about the spread between seeds: its interval is over documents alone."
+            f"One pair of runs says nothing about the spread between seeds: {', '.join(parts)}."
         )
     if found:
-        least = max(d.n for d in found)
-        smallest = 2.0 ** (1 - least)
+        most = max(found, key=lambda d: d.n)
+        smallest = most.sign_flip.smallest
+        of = "" if min(d.n for d in found) == most.n else ", the most of this table,"
         told.append(
-            f"With {least} pairs the sign-flip test cannot give a p below {smallest:.3g}"
+            f"With {most.n} pairs{of} the sign-flip test cannot give a p below {smallest:.3g}"
             + (", so it never reaches 0.05." if smallest > 0.05 else ".")
         )
         effects = [d.detectable for d in found]

@@ -17,7 +17,7 @@ from typing import Any
 
 from moelab import atomic
 from moelab.metrics import plain
-from moelab.report import documents
+from moelab.report import card_outline, documents
 
 SCHEMA = 1
 NAME = "result.json"
@@ -173,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def outline_problems(card: Mapping[str, Any]) -> list[str]:
-    """Lists the sections, rows and file names that are missing or of another type."""
+    """Lists the sections, rows, values within them and file names that are missing or of another type."""
     problems = []
     for key, kind in SECTIONS.items():
         if key not in card:
@@ -188,6 +188,8 @@ def outline_problems(card: Mapping[str, Any]) -> list[str]:
     rows = card["evaluation"].get("rows")
     if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
         problems.append(f"{NAME}: evaluation.rows wants a list of rows with precision and numbers")
+    else:
+        problems += [f"{NAME}: damaged card: {text}" for text in card_outline.problems(card)]
     for path, sha in card["files"].items():
         if not re.fullmatch(r"[0-9a-f]{64}", str(sha)):
             problems.append(f"{NAME}: files[{path!r}] is no SHA-256")

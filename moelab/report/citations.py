@@ -20,6 +20,7 @@ _ID = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 _RECIPES = {"nvfp4_training": ("2509.25149",), "fp8_block": ("2412.19437",)}
 _DISTILLATION = ("1503.02531", "2601.20088")
+_DEEPSEEK_MOE = "2401.06066"  # fine-grained and shared experts
 _STRENGTHS = ("coefficient", "rate")  # the first of them that a mechanism has is 0 where it is off
 
 
@@ -35,7 +36,7 @@ def of_docstring(path: Path) -> list[str]:
 
 
 def methods(config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the arXiv ids of a card's config by method: router, mechanisms, low precision, upcycling, data, tasks.
+    """Returns the arXiv ids of a card's config by method: router, mechanisms, experts, low precision, data, tasks.
 
     A method whose file names no paper has an empty list; a task, dirt or filter without one is left out.
     """
@@ -54,7 +55,9 @@ def methods(config: Mapping[str, Any]) -> dict[str, list[str]]:
     if (config.get("upcycle") or {}).get("run"):
         found["upcycling"] = of_docstring(_PACKAGE / "upcycle.py")
     if experts.get("num_experts") and experts.get("num_shared_experts"):
-        found["shared experts"] = ["2401.06066"]
+        found["shared experts"] = [_DEEPSEEK_MOE]
+    if _fine_grained(config):
+        found["fine-grained experts"] = [_DEEPSEEK_MOE]
     data = config.get("data") or {}
     files = [
         ("task", "tasks", name) for name in (config.get("evaluation") or {}).get("tasks") or ()
@@ -68,6 +71,19 @@ def methods(config: Mapping[str, Any]) -> dict[str, list[str]]:
         if path.is_file() and (named := of_docstring(path)):
             found[f"{what} {name}"] = named
     return found
+
+
+def _fine_grained(config: Mapping[str, Any]) -> bool:
+    """Says whether a token passes more than the usual two experts, each narrower than the model.
+
+    DeepSeekMoE divides each expert of a top-2 layer into several narrower ones and takes as many times more of them. A
+    config does not name the layer that was divided: experts at least as wide as the model are whole ones.
+    """
+    experts, router, model = (config.get(key) or {} for key in ("moe", "router", "model"))
+    wanted = experts.get("num_experts"), router.get("k"), experts.get("expert_width")
+    if not all(wanted) or experts.get("slots_per_expert"):
+        return False
+    return router["k"] > 2 and experts["expert_width"] < model.get("width", 0)
 
 
 def _low_precision(quantization: Mapping[str, Any]) -> dict[str, list[str]]:

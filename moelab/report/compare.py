@@ -119,12 +119,13 @@ def render_markdown(runs: Sequence[Run], *, different_tokens: bool = False) -> s
         f"{TITLE}. {SEEDS}\n",
         tables.to_markdown(compare_table(runs, different_tokens=different_tokens)),
     ]
-    for name, run in zip(names(runs), runs, strict=True):
-        parts += [f"- **{name}**: {note}" for note in facts.warnings(run)]
+    named = [(tables.markdown_text(name), run) for name, run in zip(names(runs), runs, strict=True)]
+    for name, run in named:
+        parts += [f"- **{name}**: {tables.markdown_text(note)}" for note in facts.warnings(run)]
     differing = config_table(runs)
     if differing is not None:
         parts += ["## Config fields that differ\n", tables.to_markdown(differing)]
-    for name, run in zip(names(runs), runs, strict=True):
+    for name, run in named:
         parts += [f"## {name}\n", tables.to_markdown(tables.result_table(run))]
     return "\n".join(parts)
 

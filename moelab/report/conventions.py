@@ -122,7 +122,7 @@ def equivalent(
 
 
 def of_config(config: Mapping[str, Any], num_moe_layers: int) -> list[Equivalent] | None:
-    """Converts the coefficient of a run's config; None where that loss is off or counts first choices only.
+    """Converts the coefficient of a run's config; None where that loss is off, counts first choices only or cannot be.
 
     Args:
       config: of a result card; sections may be missing.
@@ -133,7 +133,8 @@ def of_config(config: Mapping[str, Any], num_moe_layers: int) -> list[Equivalent
     k, num_experts = router.get("k"), experts.get("num_experts")
     if not loss.get("coefficient") or loss.get("first_choice_only") or not (k and num_experts):
         return None
-    if not num_moe_layers:
-        return None
     steps = (config.get("train") or {}).get("accumulation_steps", 1)
+    possible = loss["coefficient"] > 0 and 1 <= k <= num_experts and min(num_moe_layers, steps) >= 1
+    if not possible:
+        return None
     return equivalent(loss["coefficient"], k, num_experts, num_moe_layers, steps)

@@ -66,6 +66,13 @@ def crossings(base: Arm, arm: Arm) -> list[fits.Crossover] | None:
     return [_between_looks(one, looks) for one in fits.crossovers(budget_X, a_SX, b_SX)]
 
 
+def of_arm(arm: Arm, comparison: Comparison) -> list[fits.Crossover] | None:
+    """Finds where an arm crosses the reference; None where arms cost the same, or one of the two diverged."""
+    base = comparison.reference
+    lost = comparison.diverged.keys() & {arm.name, base.name}
+    return None if arm is base or lost or not _asked(comparison) else crossings(base, arm)
+
+
 def _between_looks(found: fits.Crossover, looks: Sequence[np.ndarray]) -> fits.Crossover:
     """Widens the bounds to the looks of either arm around them."""
     place = found.place
@@ -86,12 +93,13 @@ def _asked(comparison: Comparison) -> bool:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Says of each arm where it crosses the reference, and of which no crossing is shown; first, of which numbers."""
-    if not _asked(comparison):
-        return []
+    """Says of each arm where it crosses the reference, and of which no crossing is shown; first, of which numbers.
+
+    Nothing is said of arms that diverged.
+    """
     told, without, base = [], [], comparison.reference.name
     for arm in comparison.arms:
-        found = None if arm is comparison.reference else crossings(comparison.reference, arm)
+        found = of_arm(arm, comparison)
         for place, b_gains in found or ():
             way = "better beyond" if b_gains else "worse beyond"
             bounds = f"[{place.low:.3g}, {place.high:.3g}]"

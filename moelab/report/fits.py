@@ -5,8 +5,9 @@ Crossover: where the difference of two arms changes its sign, whatever the shape
 has a level of its own, which says nothing about the shape.
 
 The interval of a bottom is Fieller's, which is exact for normal noise and becomes unbounded where the denominator could
-be zero; that of the exponent is where the F test of its value does not reject; that of a crossover where the paired t
-test over seeds does not tell the arms apart. All are 95 %.
+be zero; that of the loss there has the variance between seeds and that of the curve; that of the exponent is where the
+F test of its value does not reject; that of a crossover where the paired t test over seeds does not tell the arms
+apart. All are 95 %.
 
 S seeds, X points.
 """
@@ -20,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from moelab.report.statistics import CONFIDENCE, Interval
+from moelab.report.statistics import CONFIDENCE, Interval, half_width
 
 _PLACES = 2001  # at which two curves are compared
 _EXPONENTS = np.geomspace(0.02, 20.0, 400)  # searched; outside, a power is a logarithm or a step
+_ROUNDING = 1e-12  # relative; what differs by less is equal
 
 
 class IsoFlop(NamedTuple):
@@ -43,7 +45,10 @@ class PowerLaw(NamedTuple):
 
 
 class Granularity(NamedTuple):
-    """loss = floor + gain * g^-exponent: the exponent with its interval, and the other two at its best value."""
+    """loss = floor + gain * g^-exponent: the exponent with its interval, and the other two at its best value.
+
+    A constant loss has no gain and fits every exponent: NaN, from 0 to infinity.
+    """
 
     exponent: Interval
     floor: float
@@ -68,7 +73,8 @@ def isoflop(sizes: Sequence[float], loss: np.ndarray) -> IsoFlop:
 
     Returns:
       The best size: bounds 0 and infinity where the points do not show a minimum, NaN where the curve has none. The
-      loss there is of the mean seed; its interval is by the delta method.
+      loss there is by the delta method, its interval over all seeds that might have been where several ran, else of
+      this seed; NaN where the size has no bounds or lies outside those that ran.
 
     Raises:
       ValueError: too few points, or values that are not positive and finite.
@@ -78,29 +84,37 @@ def isoflop(sizes: Sequence[float], loss: np.ndarray) -> IsoFlop:
     u_X = log_X - middle  # centred: the three coefficients are then nearly independent
     design = np.stack([u_X, u_X**2], axis=1)
     (b, c), covariance, variance, freedom = _blocked(design, loss_SX)
-    quantile = _t(freedom)
-    if c <= 0:  # a hill, or a line
-        nothing = Interval(math.nan, math.nan, math.nan)
+    nothing = Interval(math.nan, math.nan, math.nan)
+    if c <= 0 or _constant(loss_SX):  # a hill, or a line
         return IsoFlop(Interval(math.nan, 0.0, math.inf), nothing, False)
     bottom = -b / (2 * c)
     twice = covariance * np.array([[1, 2], [2, 4]])
-    bounds = _fieller(b, 2 * c, twice, quantile)
+    bounds = _fieller(b, 2 * c, twice, _t(freedom))
     size = Interval(*(_exp(value + middle) for value in (bottom, *bounds)))
+    inside = bool(log_X.min() <= bottom + middle <= log_X.max())
+    if not inside or math.inf in size:
+        return IsoFlop(size, nothing, inside)
     gradient = np.array([bottom, bottom**2]) - design.mean(axis=0)
     best = float(loss_SX.mean() + gradient @ (b, c))
-    error = math.sqrt(gradient @ covariance @ gradient + variance / loss_SX.size)
-    within = bool(log_X.min() <= bottom + middle <= log_X.max())
-    return IsoFlop(size, Interval(best, best - quantile * error, best + quantile * error), within)
+    of_curve, seeds = float(gradient @ covariance @ gradient), len(loss_SX)
+    if seeds > 1:  # means of seeds vary by their levels and by the noise of their points
+        level = float(loss_SX.mean(axis=1).var(ddof=1) / seeds)
+        half = half_width(level, seeds - 1, of_curve, freedom)
+    else:
+        half = _t(freedom) * math.sqrt(of_curve + variance / loss_SX.size)
+    return IsoFlop(size, Interval(best, best - half, best + half), inside)
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
-    """Fits a straight line in both logarithms, as for the best size over budgets.
+    """Fits a straight line in both logarithms, as for the best size over budgets; the exponent of a constant y is 0.
 
     Raises:
       ValueError: fewer than three points, or values that are not positive and finite.
     """
     log_X, _ = _checked(x, y, 3)
     log_y_X, _ = _checked(y, x, 1)
+    if _constant(np.asarray(y, np.float64)[None]):
+        return PowerLaw(Interval(0.0, 0.0, 0.0), float(log_y_X.mean()), log_X.size)
     found = stats.linregress(log_X, log_y_X)
     half = _t(log_X.size - 2) * found.stderr
     exponent = Interval(found.slope, found.slope - half, found.slope + half)
@@ -127,6 +141,8 @@ def granularity(values: Sequence[float], loss: np.ndarray) -> Granularity:
     freedom = seeds * points - seeds - 2
     if freedom < 1:
         raise ValueError("a power with a level wants four points, or more seeds")
+    if _constant(loss_SX):
+        return Granularity(Interval(math.nan, 0.0, math.inf), float(loss_SX.mean()), 0.0)
 
     def residual(exponent: float) -> float:
         return _power_residual(exponent, log_X, loss_SX)
@@ -146,6 +162,11 @@ def granularity(values: Sequence[float], loss: np.ndarray) -> Granularity:
     gain = float(_slope(x_X, loss_SX))
     floor = float(loss_SX.mean() - gain * x_X.mean())
     return Granularity(Interval(exponent, low, high), floor, gain)
+
+
+def _constant(value_SX: np.ndarray) -> bool:
+    """Says whether no seed's values differ by more than rounding."""
+    return bool(np.ptp(value_SX, axis=1).max() <= _ROUNDING * np.abs(value_SX).max())
 
 
 def _power_residual(exponent: float, log_X: np.ndarray, loss_SX: np.ndarray) -> float:

@@ -14,6 +14,7 @@ from moelab.report import canvas, fits
 from moelab.report import formatting as fmt
 from moelab.report.arms import Arm, Comparison
 from moelab.report.runs import ReportError
+from moelab.report.statistics import Interval
 
 KINDS = ("isoflop", "granularity")
 _EQUAL = 0.05  # by which what must be equal may differ, relative
@@ -57,6 +58,12 @@ def fit(comparison: Comparison, kind: str) -> Fitted:
         guess = spelling.hint(kind, KINDS, "--fit=") or f"; there are {', '.join(KINDS)}"
         raise ReportError(f"no fit {kind!r}{guess}")
     arms = [arm for arm in comparison.arms if not arm.apart]
+    for arm in arms:
+        if arm.name in comparison.diverged:
+            count = comparison.diverged[arm.name]
+            raise ReportError(
+                f"--fit={kind}: {arm.name} diverged in {count} of {len(arm.runs)} runs"
+            )
     seeds = sorted(set.intersection(*(set(arm.runs) for arm in arms))) if arms else []
     if not seeds:
         raise ReportError(f"--fit={kind} wants arms with a seed in common")
@@ -81,9 +88,9 @@ def _isoflop(arms: list[Arm], bits_SX: np.ndarray) -> Fitted:
     else:
         where = "" if found.inside else ", outside the sizes that ran"
         told = (
-            f"least bits per byte at {fmt.compact(size.estimate)} active parameters {bounds}{where}: "
-            f"{loss.estimate:.4f} [{loss.low:.4f}, {loss.high:.4f}]."
+            f"least bits per byte at {fmt.compact(size.estimate)} active parameters {bounds}{where}"
         )
+        told += "." if math.isnan(loss.estimate) else f": {_loss(loss, len(bits_SX))}."
     coefficients = np.polyfit(np.log(x), bits_SX.mean(axis=0), 2)
     result = {"size": size._asdict(), "bits_per_byte": loss._asdict(), "inside": found.inside}
     return Fitted(
@@ -97,6 +104,11 @@ def _isoflop(arms: list[Arm], bits_SX: np.ndarray) -> Fitted:
     )
 
 
+def _loss(loss: Interval, seeds: int) -> str:
+    of = "" if seeds > 1 else " of this seed"
+    return f"{loss.estimate:.4f} [{loss.low:.4f}, {loss.high:.4f}]{of}"
+
+
 def _granularity(arms: list[Arm], bits_SX: np.ndarray) -> Fitted:
     for key in ("active", "total"):
         _check_equal(
@@ -107,16 +119,19 @@ def _granularity(arms: list[Arm], bits_SX: np.ndarray) -> Fitted:
     found = fits.granularity(x, bits_SX)
     e = found.exponent
     result = {"exponent": e._asdict(), "floor": found.floor, "gain": found.gain}
-    shown = "" if 0 < e.low and e.high < math.inf else " The points do not pin it down."
+    told = f"exponent {e.estimate:.2f} [{e.low:.2f}, {e.high:.2f}], floor {found.floor:.4f}, gain {found.gain:.4f}."
+    if math.isnan(e.estimate):
+        told = f"no gain: the points are all at {found.floor:.4f}."
+    elif e.low == 0 or e.high == math.inf:
+        told += " The points do not pin it down."
     return Fitted(
         "granularity",
         "granularity (widest expert over expert width)",
         x,
         bits_SX,
         result,
-        f"Granularity, floor + gain * g^-exponent with a level per seed: exponent {e.estimate:.2f} "
-        f"[{e.low:.2f}, {e.high:.2f}], floor {found.floor:.4f}, gain {found.gain:.4f}.{shown}",
-        lambda v: found.floor + found.gain * v**-e.estimate,
+        f"Granularity, floor + gain * g^-exponent with a level per seed: {told}",
+        lambda v: found.floor + (found.gain * v**-e.estimate if found.gain else 0 * v),
     )
 
 

@@ -90,14 +90,14 @@ def percent(value: Any, digits: int = 1) -> str:
     return text
 
 
-def p_value(value: Any) -> str:
-    """Writes a probability of a test in three digits; a small one is never 0.
+def p_value(value: Any, digits: int = 3) -> str:
+    """Writes a probability of a test with so many digits after the point; a small one is never 0.
 
-    >>> p_value(0.0004), p_value(0.0625)
-    ('<0.001', '0.062')
+    >>> p_value(0.0004), p_value(0.0625), p_value(7.6e-06, 4)
+    ('<0.001', '0.062', '<0.0001')
     """
-    x = number(value)
-    return "<0.001" if x is not None and x < 0.001 else fixed(value, 3)
+    x, least = number(value), 10.0**-digits
+    return f"<{least:.{digits}f}" if x is not None and x < least else fixed(value, digits)
 
 
 def duration(value: Any) -> str:

@@ -27,12 +27,13 @@ _SPECIAL = {
 
 
 def escape(text: str) -> str:
-    """Makes text safe in LaTeX.
+    """Makes text safe in LaTeX; line breaks and control characters become spaces, as an empty line ends a row.
 
     >>> escape("50 % of a_b")
     '50 \\\\% of a\\\\_b'
     """
-    return "".join(_SPECIAL.get(letter, letter) for letter in text)
+    line = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
+    return "".join(_SPECIAL.get(letter, letter) for letter in line)
 
 
 def table(value: Table, caption: Sequence[str], label: str) -> str:
@@ -52,11 +53,17 @@ def table(value: Table, caption: Sequence[str], label: str) -> str:
         f"\\label{{tab:{re.sub(r'[^A-Za-z0-9:-]+', '-', label)}}}",
         f"\\begin{{tabular}}{{{columns}}}",
         "\\toprule",
-        " & ".join(map(escape, value.columns)) + r" \\",
+        _row(value.columns),
         "\\midrule",
-        *(" & ".join(escape(cell.line) for cell in row) + r" \\" for row in value.rows),
+        *(_row([cell.line for cell in row]) for row in value.rows),
         "\\bottomrule",
         "\\end{tabular}",
         "\\end{table}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    """A row that no line before it, which may end in an optional argument or a star, takes for its own."""
+    line = " & ".join(map(escape, cells)) + r" \\"
+    return "{}" + line if line.startswith(("[", "*")) else line

@@ -6,6 +6,7 @@ Every value goes through `escape`; the page's content security policy forbids an
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -94,11 +95,15 @@ def _row(row: Sequence[Cell]) -> str:
     cells = []
     for i, cell in enumerate(row):
         tag, scope = ("th", ' scope="row"') if i == 0 else ("td", "")
-        key = "" if cell.value is None else f' data-value="{escape(cell.value)}"'
+        key = f' data-value="{escape(cell.value)}"' if _sorts(cell.value) else ""
         small = "".join(f"<small>{escape(t)}</small>" for t in (cell.bounds, cell.detail) if t)
         kind = ' class="wide"' if cell.wide else ""
         cells.append(f"<{tag}{scope}{kind}{key}>{escape(cell.text)}{small}</{tag}>")
     return "".join(cells)
+
+
+def _sorts(value: float | str | None) -> bool:
+    return value is not None and (isinstance(value, str) or math.isfinite(value))
 
 
 def pairs(values: Sequence[tuple[str, str]]) -> str:

@@ -11,7 +11,7 @@ S seeds, A arms, R runs of a task, M tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,9 @@ from scipy import optimize, stats
 from moelab.report.statistics import CONFIDENCE, RESAMPLES, SEED, Interval
 
 ALPHA, POWER = 1 - CONFIDENCE, 0.8
-_EXACT = 20  # pairs; with more, 2 ** n sign patterns are sampled
+_EXACT = 20  # pairs; with more, sign patterns are sampled
+_SAMPLED = 200_000  # sign patterns
+_SIGNS = 2_000_000  # that exist at one time: 16 MB
 
 
 class SignFlip(NamedTuple):
@@ -36,7 +38,8 @@ def sign_flip(a: Sequence[float], b: Sequence[float]) -> SignFlip:
 
     p = the share of all 2^n sign patterns whose |sum of +-(b - a)| is at least the one that came.
 
-    Its smallest value is 2^(1-n): 0.25 with 3 pairs, 0.0625 with 5, so that fewer than 6 pairs never reach 0.05.
+    Its smallest value is 2^(1-n): 0.25 with 3 pairs, 0.0625 with 5, so that fewer than 6 pairs never reach 0.05. With
+    more than 20 pairs 200,000 patterns are sampled and the one that came counts, too: the smallest is 1 / 200,001.
 
     Args:
       a, b: (S,) values of two arms, in the same order of seeds.
@@ -49,20 +52,28 @@ def sign_flip(a: Sequence[float], b: Sequence[float]) -> SignFlip:
     """
     difference_S = _differences(a, b)
     n = difference_S.size
-    sign_PS = _signs(n)
-    sums_P = np.abs(sign_PS @ difference_S)
-    came = abs(difference_S.sum())
     tolerance = 1e-12 * np.abs(difference_S).sum()  # sums of the same numbers in another order
-    extreme = np.count_nonzero(sums_P >= came - tolerance)
+    least = abs(difference_S.sum()) - tolerance
+    extreme = sum(
+        int(np.count_nonzero(np.abs(sign_PS @ difference_S) >= least)) for sign_PS in _signs(n)
+    )
     if n <= _EXACT:
-        return SignFlip(extreme / len(sign_PS), 2.0 ** (1 - n), n)
-    return SignFlip((extreme + 1) / (len(sign_PS) + 1), 2.0 ** (1 - n), n)
+        return SignFlip(extreme / 2**n, 2.0 ** (1 - n), n)
+    return SignFlip((extreme + 1) / (_SAMPLED + 1), 1 / (_SAMPLED + 1), n)
 
 
-def _signs(n: int) -> np.ndarray:
-    if n > _EXACT:
-        return np.random.default_rng(SEED).choice([-1.0, 1.0], (200_000, n))
-    return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+def _signs(n: int) -> Iterator[np.ndarray]:
+    """Sign patterns (P, S) in pieces: all of them, or a sample."""
+    rng = np.random.default_rng(SEED)
+    patterns = 2**n if n <= _EXACT else _SAMPLED
+    step = max(1, _SIGNS // n)
+    for first in range(0, patterns, step):
+        number_P = np.arange(first, min(first + step, patterns))
+        if n <= _EXACT:
+            bit_PS = (number_P[:, None] >> np.arange(n)) & 1
+        else:
+            bit_PS = rng.integers(0, 2, (number_P.size, n), dtype=np.int8)
+        yield 1.0 - 2.0 * bit_PS
 
 
 def holm(p: Sequence[float]) -> list[float]:

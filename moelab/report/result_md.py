@@ -6,14 +6,15 @@ from typing import Any
 
 from moelab.report import facts, tables, task_table
 from moelab.report.runs import Run
+from moelab.report.tables import markdown_text
 
 
 def render(run: Run) -> str:
     """Writes the Markdown of one run: the result table first, then what it stands on."""
     card = run.card
     table = tables.result_table(run)
-    parts = [f"# {_plain(card['name'])}\n", _summary(run)]
-    parts += [f"> **Note.** {_plain(note)}\n" for note in facts.warnings(run)]
+    parts = [f"# {markdown_text(card['name'])}\n", _summary(run)]
+    parts += [f"> **Note.** {markdown_text(note)}\n" for note in facts.warnings(run)]
     parts += [
         "## Result\n",
         f"{table.title}. {facts.result_note(run)}\n",
@@ -35,20 +36,18 @@ def render(run: Run) -> str:
 
 def _summary(run: Run) -> str:
     text = ", ".join(f"{label} {value}" for label, value, _ in facts.key_figures(run))
-    return _plain(text) + "\n"
+    return markdown_text(text) + "\n"
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> str:
     lines = ["| | |", "| --- | --- |"]
     for key, value in pairs:
-        lines.append(f"| {_plain(key)} | {_plain(value).replace('|', chr(92) + '|')} |")
+        lines.append(
+            f"| {markdown_text(key)} | {markdown_text(value).replace('|', chr(92) + '|')} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def _commands(run: Run) -> str:
     command = " ".join(str(run.card["command"]).split())
     return f"```\n{command}\n{facts.verify_command(run)}\n```\n"
-
-
-def _plain(value: Any) -> str:
-    return " ".join(str(value).split()).replace("<", "&lt;")

@@ -11,6 +11,7 @@ from moelab import metrics, sweep_file
 from moelab.errors import UserError
 from moelab.report import card as cards
 from moelab.report import documents
+from moelab.report import journal as journals
 
 REFERENCE = "float32"
 
@@ -84,7 +85,7 @@ def load(path: Path | str) -> Run:
         return Run(path.parent, card, [], None, (note,))
     notes, journal, table = [], [], None
     try:
-        journal = metrics.read(path / "metrics.jsonl")
+        journal = journals.read(path / "metrics.jsonl")
     except (OSError, metrics.MetricsError) as error:
         notes.append(f"No curves: metrics.jsonl cannot be read ({_reason(error)}).")
     try:

@@ -9,10 +9,14 @@ import math
 from collections.abc import Sequence
 from typing import IO, Any
 
+from moelab import metrics
 from moelab.report import conventions, statistics
 from moelab.report import formatting as fmt
 from moelab.report.runs import REFERENCE, Run
 
+_PLAIN = str.maketrans(
+    {"\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "x", "\N{INFINITY}": "inf"}
+)
 BASELINES = {"kneser_ney_bigram": "Kneser-Ney bigram"}  # names for readers
 
 
@@ -232,17 +236,26 @@ def to_markdown(table: Table) -> str:
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
-    escaped = (c.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for c in cells)
-    return "| " + " | ".join(c.replace("<", "&lt;") for c in escaped) + " |"
+    escaped = (c.replace("\\", "\\\\").replace("|", "\\|") for c in map(markdown_text, cells))
+    return "| " + " | ".join(escaped) + " |"
+
+
+def markdown_text(value: Any) -> str:
+    """Makes text safe within a line of Markdown: it stays on that line, and no tag begins in it.
+
+    >>> markdown_text("more than <b>\\n\\na")
+    'more than &lt;b> a'
+    """
+    return " ".join(str(value).split()).replace("<", "&lt;")
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Writes unrounded rows (`result_rows`) as CSV; an empty cell is not measured."""
+    """Writes unrounded rows (`result_rows`) as CSV; an empty cell is not measured, a non-finite number has its name."""
     out = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(out, columns, lineterminator="\n", restval="")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(metrics.plain(row) for row in rows)
     return out.getvalue()
 
 
@@ -261,6 +274,7 @@ def print_table(table: Table, file: IO[str] | None = None, width: int | None = N
     console = Console(file=file, width=width, highlight=False, markup=False, emoji=False)
     if width is None and not console.is_terminal:
         console = Console(file=file, width=200, highlight=False, markup=False, emoji=False)
+    table = _encodable(table, console.encoding)
     console.print(table.title)
     for block in _blocks(table, console.width):
         rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -270,6 +284,23 @@ def print_table(table: Table, file: IO[str] | None = None, width: int | None = N
             rich.add_row(*(row[column].line for column in block))
         console.print(rich)
         console.print()
+
+
+def _encodable(table: Table, encoding: str) -> Table:
+    """Writes what an encoding has not as what is nearest, else as question marks: no table ends in its middle."""
+
+    def written(text: str) -> str:
+        try:
+            text.encode(encoding)
+            return text
+        except UnicodeEncodeError:
+            return text.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
+
+    def cell(of: Cell) -> Cell:
+        return dataclasses.replace(of, text=written(of.text), bounds=written(of.bounds))
+
+    rows = tuple(tuple(map(cell, row)) for row in table.rows)
+    return Table(written(table.title), tuple(map(written, table.columns)), rows)
 
 
 def _blocks(table: Table, width: int) -> list[list[int]]:
