@@ -536,7 +536,7 @@ class TestFits:
             "least bits per byte at 5.00 M active parameters [5.00 M, 5.00 M]: 2.1"
             in found.sentence
         )
-        assert found.curve(np.array([5e6]))[0] == pytest.approx(2.1, abs=1e-6)
+        assert found.parts[0].curve(np.array([5e6]))[0] == pytest.approx(2.1, abs=1e-6)
         svg = fitted.figure(found).svg
         assert "active parameters" in svg and "mathdefault" not in svg and "5 M" in svg
 
@@ -550,9 +550,41 @@ class TestFits:
         assert far.sentence.endswith("outside the sizes that ran.")
         assert math.isnan(far.result["bits_per_byte"]["estimate"])
 
-    def test_isoflop_wants_equal_flops(self):
+    def test_isoflop_over_budgets(self):
+        """Best size 2 C^0.5 at budgets of 1e12, 4e12 and 16e12 FLOPs; a point's value is (budget, size / best size)."""
+
+        def card_of(point):
+            budget, ratio = point
+            size = 2 * budget**0.5 * ratio
+            return {"flops_per_token": 6 * size, "tokens": budget / (6 * size), "size": size}
+
+        card = {
+            "parameters": lambda p: {"active": card_of(p)["size"], "total": card_of(p)["size"]},
+            "training": card_of,
+        }
+        points = [(1e12 * 4**i, r) for i in range(3) for r in (0.5, 1, 2)]
+        made = [
+            self.comparison(
+                [0],
+                lambda _, p=p: 2 + 0.05 * math.log(p[1]) ** 2,
+                **{key: (lambda _, read=read, p=p: read(p)) for key, read in card.items()},
+            ).arms[0]
+            for p in points
+        ]
+        made = tuple(arms.Arm(f"n{i}", arm.runs) for i, arm in enumerate(made))
+        found = fitted.fit(arms.Comparison(made, made[0], "float32", {}), "isoflop")
+        sizes = [one["size"]["estimate"] for one in found.result["budgets"]]
+        assert sizes == pytest.approx([2e6, 4e6, 8e6], rel=1e-4)
+        assert found.result["exponent"]["estimate"] == pytest.approx(0.5, abs=1e-6)
+        assert "at 4.00 T training FLOPs least bits per byte at 4.00 M" in found.sentence
+        assert "grows as training FLOPs^0.50 [0.50, 0.50], from 3 budgets" in found.sentence
+        assert "16.0 T training FLOPs" in fitted.figure(found).svg
+        two = arms.Comparison(made[:6], made[0], "float32", {})
+        assert "wants three budgets" in fitted.fit(two, "isoflop").sentence
+
+    def test_isoflop_wants_three_sizes_at_a_budget(self):
         unequal = {"training": lambda n: {"flops_per_token": 6 * n, "tokens": 1e6}}
-        with pytest.raises(report.ReportError, match="equal training FLOPs; n1e.06 has"):
+        with pytest.raises(report.ReportError, match="three sizes at each budget; .* only n1e.06"):
             fitted.fit(self.sizes(**unequal), "isoflop")
 
     def test_granularity(self):
@@ -565,10 +597,12 @@ class TestFits:
         )
         assert found.result["exponent"]["estimate"] == pytest.approx(0.6, rel=1e-3)
         assert "exponent 0.60 [0.60, 0.60]" in found.sentence
-        assert found.curve(np.array([2.0]))[0] == pytest.approx(2.1 + 0.3 * 2**-0.6, rel=1e-4)
+        assert found.parts[0].curve(np.array([2.0]))[0] == pytest.approx(
+            2.1 + 0.3 * 2**-0.6, rel=1e-4
+        )
         flat = fitted.fit(self.comparison((1, 2, 4, 8), lambda g: 2.0, **card), "granularity")
         assert flat.sentence.endswith("no gain: the points are all at 2.1000.")
-        assert flat.curve(np.array([1.0, 2.0])) == pytest.approx([2.1, 2.1])
+        assert flat.parts[0].curve(np.array([1.0, 2.0])) == pytest.approx([2.1, 2.1])
         other = card | {"parameters": lambda g: {"active": 100 * g, "total": 800}}
         with pytest.raises(report.ReportError, match="equal active parameters; n1 has 100 and n8"):
             fitted.fit(self.comparison((1, 8), lambda g: g, **other), "granularity")
