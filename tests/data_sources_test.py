@@ -97,6 +97,8 @@ def test_a_folder_of_tables(tmp_path):
         (b'{"text": 5}', r"d.jsonl:3: 'text' is int, wanted a string"),
         (b'{"text": "\xff"}', r"d.jsonl:3: not UTF-8 \(byte 10 of the line\)"),
         (b'{"text": "\\ud800"}', r"d.jsonl:3: not Unicode text: surrogates"),
+        (b'{"text": ' + b"[" * 100_000, r"d.jsonl:3: lists or objects .* too deep to read"),
+        (b'{"n": ' + b"9" * 5000 + b"}", r"d.jsonl:3: an integer of more than 4,300 digits"),
         (b'{"body": "x"}', r"d.jsonl:3: no column 'text' \(data.text_column\); it has 'body'"),
     ],
 )
