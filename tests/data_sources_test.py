@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -155,6 +156,27 @@ def test_text_folder(tmp_path):
     ]
     only = schema.TextFolder(path=str(tmp_path / "texts"), pattern="**/*.md")
     assert [item[1] for item in read(only, tmp_path)] == ["fr/skip.md"]
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path):
+    odd = os.fsdecode(b"\xff")
+    (tmp_path / "in" / odd).mkdir(parents=True)
+    for name in (f"{odd}.txt", f"in/{odd}/top.txt", f"{odd}.jsonl", f"{odd}.bin"):
+        (tmp_path / name).write_bytes(b'{"text": "x"}')
+    for section, name in (
+        (schema.TextFolder(path=str(tmp_path), pattern="*.txt"), r"/\xff.txt"),
+        (schema.TextFolder(path=str(tmp_path / "in")), r"/in/\xff/top.txt"),
+        (schema.TextFolder(path=str(tmp_path / "in" / odd)), r"/in/\xff"),
+        (schema.JsonLines(path=str(tmp_path)), r"/\xff.jsonl"),
+        (schema.JsonLines(path=str(tmp_path / f"{odd}.jsonl")), r"/\xff.jsonl"),
+        (schema.TokenFile(path=str(tmp_path), vocab_size=9, end_id=1), r"/\xff.bin"),
+    ):
+        with pytest.raises(DataError, match=re.escape(f"{name}': the name is not UTF-8")):
+            sources.open_source(section, tmp_path / "memory")
+    (tmp_path / "in" / odd / "sub").mkdir()
+    (tmp_path / "in" / odd / "top.txt").rename(tmp_path / "in" / odd / "sub" / "a.txt")
+    found = read(schema.TextFolder(path=str(tmp_path / "in" / odd)), tmp_path)
+    assert [item[:2] for item in found] == [("sub", "sub/a.txt")]  # the folder names no document
 
 
 def test_text_that_is_not_utf8_names_the_line(tmp_path):

@@ -47,9 +47,10 @@ def select(root: pathlib.Path, patterns: tuple[str, ...]) -> list[tuple[str, pat
     """Lists (name relative to root, file) of a folder's files that match, or the one file itself.
 
     Raises:
-      DataError: nothing matches.
+      DataError: nothing matches, or a name is not UTF-8.
     """
     if root.is_file():
+        check_name(root.name, root)
         return [(root.name, root)]
     found: dict[str, pathlib.Path] = {}
     for pattern in patterns:
@@ -64,7 +65,23 @@ def select(root: pathlib.Path, patterns: tuple[str, ...]) -> list[tuple[str, pat
             f"{root}: no file matches {' or '.join(patterns)}; "
             + (f"it has files ending in {', '.join(endings[:8])}" if endings else "it has no files")
         )
+    for name, path in found.items():
+        check_name(name, path)
     return sorted(found.items())
+
+
+def check_name(name: str, path: pathlib.Path) -> None:
+    """Checks that a name can be a domain or an id.
+
+    Raises:
+      DataError: it has bytes that are not UTF-8.
+    """
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:  # Python carries such bytes as half surrogate pairs
+        raise DataError(
+            f"{os.fsencode(path)!r}: the name is not UTF-8, and it names the documents; rename it"
+        ) from error
 
 
 def digest(path: pathlib.Path) -> str:

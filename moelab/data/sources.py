@@ -60,7 +60,10 @@ class TextSource(_FileSource):
             raise DataError(f"data.path {section.path}: a file came, a folder of texts was wanted")
         selection = files.select(self.root, (section.pattern,))
         # The domain of files at the top is the folder's own name, so the name is content too.
-        super().__init__("text", selection, memory, {"folder": self.root.resolve().name})
+        folder = self.root.resolve().name
+        if any("/" not in name for name, _ in selection):
+            files.check_name(folder, self.root.resolve())
+        super().__init__("text", selection, memory, {"folder": folder})
 
     def read(self, name: str, path: pathlib.Path) -> Iterator[Document]:
         """Yields the file's text, its bytes unchanged."""
