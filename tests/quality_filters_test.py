@@ -1,5 +1,7 @@
 """moelab/data/quality/filters: each rule worked by hand, and what each tool sees and does not see."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from moelab.data.document import Document
 from moelab.data.quality import (
     chain,
     filters,
+    inject,
     parse_filters,
     parse_injectors,
     ranking,
@@ -369,8 +372,6 @@ def test_truth_by_hand():
     texts = ["same text"] * 3 + ["own text"]
     given = [Document("d", train_id(f"{i}-"), text) for i, text in enumerate(texts)]
     table, _ = chain.score(Pool(Source(given), (), None), parse_filters(("exact",)))
-    import dataclasses
-
     # Removed are documents 1 and 2; suppose that only 2 is dirty.
     table = dataclasses.replace(table, kinds=(CLEAN, "noise"), kind_N=np.array([0, 0, 1, 0]))
     found = truth.outcome(table, 0)
@@ -420,6 +421,12 @@ def test_an_empty_result_is_refused_by_name():
         ("minhash bands=0", "minhash: bands must be at least 1, got 0"),
         ("minhash bands=2.5", "minhash: bands wants int, got '2.5'"),
         ("classifier keep=-1", "classifier: keep must be between 0 and 1, got -1"),
+        ("minhash seed=-1", "minhash: seed must be at least 0, got -1"),
+        ("minhash seed=99999999999999999999", "minhash: seed must be at most 4294967295, got 9999"),
+        ("classifier seed=4294967296", "seed must be at most 4294967295, got 4294967296"),
+        ("gopher_quality min_words=-5", "gopher_quality: min_words must be at least 0, got -5"),
+        ("gopher_quality min_word_length=-2.5", "min_word_length must be at least 0, got -2.5"),
+        ("perplexity run=x tokens=-1", "perplexity: tokens must be at least 0, got -1"),
         ("classifier keeep=1", "no field 'keeep'; did you mean keep"),
         ("gopher_quality language=xx", "language must be one of en, fr, es, de, got 'xx'"),
         ("gopher_repetition scale=0", "scale must be above 0, got 0"),
@@ -430,6 +437,23 @@ def test_an_empty_result_is_refused_by_name():
 def test_bad_words_are_refused_with_what_was_meant(text, message):
     with pytest.raises(DataError, match=message):
         parse_filters((text,))
+
+
+@pytest.mark.parametrize("where", ["filter", "inject"])
+def test_no_number_of_any_tool_is_negative_or_endless(where):
+    folder, name, parse = (
+        (filters, "Filter", parse_filters)
+        if where == "filter"
+        else (inject, "Injector", parse_injectors)
+    )
+    for kind in folder.KINDS:
+        for field in dataclasses.fields(getattr(folder.module(kind), name)):
+            if type(field.default) in (int, float):
+                with pytest.raises(DataError, match=f"{kind}: {field.name} must be .* got -1"):
+                    parse((f"{kind} {field.name}=-1",))
+            if type(field.default) is int:
+                with pytest.raises(DataError, match=f"{kind}: {field.name} must be at most"):
+                    parse((f"{kind} {field.name}={10**30}",))
 
 
 def test_a_filter_is_written_as_it_is_read():
