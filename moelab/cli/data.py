@@ -84,17 +84,18 @@ def score(args: argparse.Namespace) -> int:
     endings = (".csv", ".jsonl", ".parquet")
     if args.out and not args.out.endswith(endings):
         raise UserError(f"--out: wants FILE{', '.join(endings)}, got {args.out!r}")
+    _check_out(args)
     config = _with_tools(args)
     table, outcomes = data.score(
         config.data, config.tokenizer, progress=data_progress(not args.json)
     )
-    if args.out:
-        data.write_scores(table, args.out)
-        output.note(f"{args.out}: {len(table):,} documents")
     if args.json:
         output.print_json({"documents": len(table), "outcomes": outcomes})
     else:
         quality_tables.print_outcomes(outcomes)
+    if args.out:
+        data.write_scores(table, args.out)
+        output.note(f"{args.out}: {len(table):,} documents")
     return 0
 
 
@@ -104,19 +105,28 @@ def filter(args: argparse.Namespace) -> int:
 
     if args.out and not args.out.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"--out: wants FILE.jsonl or FILE.jsonl.gz, got {args.out!r}")
+    _check_out(args)
     config = _with_tools(args)
     dataset = data.build(config.data, config.tokenizer, progress=data_progress(not args.json))
     found = dataset.manifest["quality"]
+    if args.json:
+        output.print_json({"directory": dataset.directory, "sha256": dataset.sha256} | found)
+    else:
+        quality_tables.print_labels(found)
+        quality_tables.print_outcomes(found["outcomes"])
+        print(f"\n{dataset.directory}")
     if args.out:
         count = data.write_text(dataset, args.out)
         output.note(f"{args.out}: {count:,} training documents")
-    if args.json:
-        output.print_json({"directory": dataset.directory, "sha256": dataset.sha256} | found)
-        return 0
-    quality_tables.print_labels(found)
-    quality_tables.print_outcomes(found["outcomes"])
-    print(f"\n{dataset.directory}")
     return 0
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Finds out before the work that its result could not be written."""
+    from moelab.data import files
+
+    if args.out:
+        files.check_output("--out", args.out)
 
 
 def _with_tools(args: argparse.Namespace):
