@@ -300,6 +300,42 @@ def test_commands(root, clean, tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_commands_say_what_the_filters_did_together(root, dirty, monkeypatch, capsys):
+    monkeypatch.setenv("MOELAB_CACHE", str(root))
+    where = ["--config=demo:smoke", "--config.data.kind=text", f"--config.data.path={dirty.path}"]
+    where += ["--config.tokenizer.kind=byte", f"--config.data.inject={','.join(DIRT)}"]
+    tools = ["--tool=exact", "--tool=dsir keep=0.8 domains=prose"]
+    asked_filter = f"--config.data.filter={','.join(TOOLS)}"
+
+    def row(title):
+        tables = capsys.readouterr().out.split("\n\n")
+        (found,) = [one for one in tables if one.startswith(title)]
+        return found.splitlines()[-1].split()
+
+    assert main(["data", "filter", *where, *tools, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    table = data.load(found["directory"]).quality
+    together, gone_N = found["all_filters"], ~table.kept_N
+    assert together["removed"] == gone_N.sum() > found["outcomes"][0]["removed"] > 0
+    assert together["precision"] == round((gone_N & table.dirty_N).sum() / gone_N.sum(), 6)
+    assert together["recall"] == round((gone_N & table.dirty_N).sum() / table.dirty_N.sum(), 6)
+    assert "all_filters" not in data.load(found["directory"]).manifest["quality"]
+    assert main(["data", "show", *where, asked_filter, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["all_filters"] == together
+    numbers = [f"{together[key]:.3f}" for key in ("precision", "recall", "clean_removed")]
+    wanted = ["all", str(len(table)), str(together["removed"]), *numbers, "-"]
+    for words in (["filter", *where, *tools], ["show", *where, asked_filter]):
+        assert main(["data", *words]) == 0
+        assert row("filter ") == wanted
+    assert main(["data", "show", *where, asked_filter]) == 0
+    kept = together["domains"]["prose"]
+    assert row("bytes kept of domain")[3] == f"{100 * kept['kept_bytes'] / kept['bytes']:.1f}"
+    # One filter is the chain; what each does alone is none.
+    for words in (["filter", *where, "--tool=exact"], ["score", *where, *tools]):
+        assert main(["data", *words]) == 0
+        assert "\nall " not in capsys.readouterr().out
+
+
 WRITES = [
     ("score", "x.csv"),
     ("score", "x.parquet"),

@@ -21,6 +21,7 @@ from moelab.data.quality import (
 from moelab.data.quality.contract import CLEAN
 from moelab.data.quality.filters import dsir, minhash, substring
 from moelab.data.quality.pool import Pool
+from moelab.data.quality.table import Table
 from moelab.data.split import split_of
 from tests.quality_inject_test import Source
 
@@ -382,6 +383,51 @@ def test_truth_by_hand():
     assert found["kinds"]["noise"] == {"documents": 1, "removed": 1, "auc": round(2.5 / 3, 4)}
     assert found["domains"]["d"] == {"documents": 4, "kept": 2, "bytes": 35, "kept_bytes": 17}
     assert found["reasons"] == {"duplicate": 2}
+
+
+def test_truth_of_a_chain_by_hand():
+    """Of six documents, two domains, three dirty: the first filter takes 1 and 2, the second one 4."""
+    names = ("clean", "noise", "copy")
+    table = Table(
+        domains=("a", "b"),
+        kinds=names,
+        filters=("first", "second"),
+        reasons=("",),
+        ids=tuple("012345"),
+        sources=("",) * 6,
+        domain_N=np.array([0, 0, 0, 1, 1, 1]),
+        kind_N=np.array([0, 0, 1, 0, 2, 2]),
+        strength_N=np.zeros(6, np.float32),
+        num_bytes_N=np.array([1, 2, 4, 8, 16, 32]),
+        removed_by_N=np.array([-1, 0, 0, -1, 1, -1]),
+        reason_N=np.zeros(6, np.int32),
+        score_FN=np.zeros((2, 6), np.float32),
+    )
+    found = truth.of_all(truth.labels(table, np.ones(6, bool)), truth.labels(table, table.kept_N))
+    assert found["filter"] == "all" and found["auc"] is None
+    assert (found["documents"], found["removed"]) == (6, 3)
+    assert (found["bytes"], found["removed_bytes"]) == (63, 2 + 4 + 16)
+    # Removed are a clean document and two of the three dirty ones; document 5 is left.
+    assert found["precision"] == found["recall"] == round(2 / 3, 6)
+    assert found["clean_removed"] == round(1 / 3, 6)
+    assert {kind: row["removed"] for kind, row in found["kinds"].items()} == {
+        "clean": 1,
+        "noise": 1,
+        "copy": 1,
+    }
+    assert found["domains"] == {
+        "a": {"documents": 3, "kept": 1, "bytes": 7, "kept_bytes": 1},
+        "b": {"documents": 3, "kept": 2, "bytes": 56, "kept_bytes": 40},
+    }
+    # What reached the second one had two dirty documents left, of which it took one: that is not the chain's recall.
+    assert truth.outcome(table, 1)["recall"] == 1 / 2
+
+
+def test_truth_of_a_chain_where_all_is_dirty():
+    before = {"d": {"noise": {"documents": 2, "bytes": 9}}}
+    found = truth.of_all(before, before)
+    assert found["kinds"]["clean"] == {"documents": 0, "removed": 0, "auc": None}
+    assert (found["precision"], found["recall"], found["clean_removed"]) == (None, 0.0, None)
 
 
 def test_filters_follow_one_another_and_score_alone_does_not():
