@@ -20,12 +20,21 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np  # noqa: E402
+
 from moelab import config as configs  # noqa: E402
 from moelab import data  # noqa: E402
 from moelab.cli import quality_tables  # noqa: E402
 from moelab.data import sources  # noqa: E402
 from moelab.data.build import as_section, cache_directory  # noqa: E402
-from moelab.data.quality import chain, parse_filters, parse_injectors, spec, workers  # noqa: E402
+from moelab.data.quality import (  # noqa: E402
+    chain,
+    parse_filters,
+    parse_injectors,
+    spec,
+    truth,
+    workers,
+)
 from moelab.data.quality.pool import Pool  # noqa: E402
 
 BAR_SECONDS = 90
@@ -85,6 +94,9 @@ def main() -> None:
     table, outcomes = (chain.score if args.alone else chain.run)(pool, filters)
     seconds = time.perf_counter() - started
     workers.stop()
+    every_N = np.ones(len(table), bool)
+    counts = [truth.labels(table, chosen_N) for chosen_N in (every_N, table.kept_N)]
+    together = None if args.alone else truth.of_all(*counts)
     found = {
         "machine": f"{platform.processor() or platform.machine()}, {workers.num_workers()} cores, "
         f"load {os.getloadavg()[0]:.1f}",
@@ -94,6 +106,7 @@ def main() -> None:
         "seconds": seconds,
         "seconds_of": seconds_of,
         "outcomes": outcomes,
+        "all_filters": together,
     }
     if args.json:
         print(json.dumps(found, indent=1))
@@ -105,7 +118,7 @@ def main() -> None:
         print(f"{kind:<35}{taken:6.1f} s")
     bar = "" if args.tool or args.alone else f" (bar {BAR_SECONDS})"
     print(f"{'all':<35}{seconds:6.1f} s{bar}")
-    quality_tables.print_outcomes(outcomes)
+    quality_tables.print_outcomes(outcomes, together)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -97,6 +98,8 @@ def test_a_folder_of_tables(tmp_path):
         (b'{"text": 5}', r"d.jsonl:3: 'text' is int, wanted a string"),
         (b'{"text": "\xff"}', r"d.jsonl:3: not UTF-8 \(byte 10 of the line\)"),
         (b'{"text": "\\ud800"}', r"d.jsonl:3: not Unicode text: surrogates"),
+        (b'{"text": ' + b"[" * 100_000, r"d.jsonl:3: lists or objects .* too deep to read"),
+        (b'{"n": ' + b"9" * 5000 + b"}", r"d.jsonl:3: an integer of more than 4,300 digits"),
         (b'{"body": "x"}', r"d.jsonl:3: no column 'text' \(data.text_column\); it has 'body'"),
     ],
 )
@@ -153,6 +156,27 @@ def test_text_folder(tmp_path):
     ]
     only = schema.TextFolder(path=str(tmp_path / "texts"), pattern="**/*.md")
     assert [item[1] for item in read(only, tmp_path)] == ["fr/skip.md"]
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path):
+    odd = os.fsdecode(b"\xff")
+    (tmp_path / "in" / odd).mkdir(parents=True)
+    for name in (f"{odd}.txt", f"in/{odd}/top.txt", f"{odd}.jsonl", f"{odd}.bin"):
+        (tmp_path / name).write_bytes(b'{"text": "x"}')
+    for section, name in (
+        (schema.TextFolder(path=str(tmp_path), pattern="*.txt"), r"/\xff.txt"),
+        (schema.TextFolder(path=str(tmp_path / "in")), r"/in/\xff/top.txt"),
+        (schema.TextFolder(path=str(tmp_path / "in" / odd)), r"/in/\xff"),
+        (schema.JsonLines(path=str(tmp_path)), r"/\xff.jsonl"),
+        (schema.JsonLines(path=str(tmp_path / f"{odd}.jsonl")), r"/\xff.jsonl"),
+        (schema.TokenFile(path=str(tmp_path), vocab_size=9, end_id=1), r"/\xff.bin"),
+    ):
+        with pytest.raises(DataError, match=re.escape(f"{name}': the name is not UTF-8")):
+            sources.open_source(section, tmp_path / "memory")
+    (tmp_path / "in" / odd / "sub").mkdir()
+    (tmp_path / "in" / odd / "top.txt").rename(tmp_path / "in" / odd / "sub" / "a.txt")
+    found = read(schema.TextFolder(path=str(tmp_path / "in" / odd)), tmp_path)
+    assert [item[:2] for item in found] == [("sub", "sub/a.txt")]  # the folder names no document
 
 
 def test_text_that_is_not_utf8_names_the_line(tmp_path):

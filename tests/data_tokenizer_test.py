@@ -102,6 +102,35 @@ def test_a_small_text_gives_fewer_tokens_than_asked():
     assert 257 < tokenizer.train_bpe(["abab"], 4096).vocab_size < 262
 
 
+def test_training_ends_on_a_word_without_end():
+    """The time would grow with the square of the length: hours."""
+    letters = "".join(random.Random(0).choices("abcdefgh", k=1_000_000))
+    made = tokenizer.train_bpe([letters, "x" * 1_000_000, " " * 1_000_000], 300)
+    assert made.vocab_size == 300
+    (tokens,) = made.encode_batch([letters])
+    assert made.decode(tokens) == letters
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        ("ab " * 2000, [6000]),
+        ("a1" * 2000, [4000]),  # long without a blank, of short words
+        ("é" * 1000, [1000]),
+        ("x " + "é" * 1001 + " y", [2 + 1000, 1 + 2]),
+        ("x" + "ab1" * 500 + "_" * 1200, [1501 + 1000, 200]),
+        (" " * 2500 + "x", [1000, 1000, 501]),
+        ("-" * 2000 + "a" * 1500, [1000, 2000, 500]),
+    ],
+)
+def test_only_a_long_word_is_cut_for_training(text, lengths):
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    parts = list(tokenizer._parts(text, cut))
+    assert "".join(parts) == text and [len(part) for part in parts] == lengths
+    for part in parts:
+        assert max(stop - start for _, (start, stop) in cut(part)) <= 1001  # and a blank before it
+
+
 def test_too_small_a_vocabulary():
     with pytest.raises(DataError, match="vocab_size is 256, wanted at least 257"):
         tokenizer.train_bpe(["text"], 256)

@@ -2,11 +2,14 @@
 
 import dataclasses
 import doctest
+import errno
 import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -295,6 +298,107 @@ def test_commands(root, clean, tmp_path, monkeypatch, capsys):
     ):
         assert main(words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_commands_say_what_the_filters_did_together(root, dirty, monkeypatch, capsys):
+    monkeypatch.setenv("MOELAB_CACHE", str(root))
+    where = ["--config=demo:smoke", "--config.data.kind=text", f"--config.data.path={dirty.path}"]
+    where += ["--config.tokenizer.kind=byte", f"--config.data.inject={','.join(DIRT)}"]
+    tools = ["--tool=exact", "--tool=dsir keep=0.8 domains=prose"]
+    asked_filter = f"--config.data.filter={','.join(TOOLS)}"
+
+    def row(title):
+        tables = capsys.readouterr().out.split("\n\n")
+        (found,) = [one for one in tables if one.startswith(title)]
+        return found.splitlines()[-1].split()
+
+    assert main(["data", "filter", *where, *tools, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    table = data.load(found["directory"]).quality
+    together, gone_N = found["all_filters"], ~table.kept_N
+    assert together["removed"] == gone_N.sum() > found["outcomes"][0]["removed"] > 0
+    assert together["precision"] == round((gone_N & table.dirty_N).sum() / gone_N.sum(), 6)
+    assert together["recall"] == round((gone_N & table.dirty_N).sum() / table.dirty_N.sum(), 6)
+    assert "all_filters" not in data.load(found["directory"]).manifest["quality"]
+    assert main(["data", "show", *where, asked_filter, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["all_filters"] == together
+    numbers = [f"{together[key]:.3f}" for key in ("precision", "recall", "clean_removed")]
+    wanted = ["all", str(len(table)), str(together["removed"]), *numbers, "-"]
+    for words in (["filter", *where, *tools], ["show", *where, asked_filter]):
+        assert main(["data", *words]) == 0
+        assert row("filter ") == wanted
+    assert main(["data", "show", *where, asked_filter]) == 0
+    kept = together["domains"]["prose"]
+    assert row("bytes kept of domain")[3] == f"{100 * kept['kept_bytes'] / kept['bytes']:.1f}"
+    # One filter is the chain; what each does alone is none.
+    for words in (["filter", *where, "--tool=exact"], ["score", *where, *tools]):
+        assert main(["data", *words]) == 0
+        assert "\nall " not in capsys.readouterr().out
+
+
+WRITES = [
+    ("score", "x.csv"),
+    ("score", "x.parquet"),
+    ("filter", "x.jsonl"),
+    ("filter", "x.jsonl.gz"),
+]
+
+
+def asked(command, clean, out):
+    """The words of a command that writes."""
+    words = ["--config=demo:smoke", "--config.data.kind=text", f"--config.data.path={clean.path}"]
+    return ["data", command, *words, "--config.tokenizer.kind=byte", "--tool=exact", f"--out={out}"]
+
+
+def refused(*_, **__):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize(("command", "name"), WRITES)
+def test_where_nothing_can_be_written_nothing_is_done(
+    clean, tmp_path, monkeypatch, capsys, command, name
+):
+    monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("text")
+    os.mkfifo(tmp_path / f"pipe-{name}")
+    for out, message in (
+        (f"nowhere/{name}", ": there is no folder"),
+        (f"file/{name}", ": there is no folder"),
+        (name, " is a folder; a file was wanted"),
+        (f"pipe-{name}", " is no ordinary file; a file was wanted"),
+        ("n" * 300 + name, " cannot be written: File name too long"),
+    ):
+        assert main(asked(command, clean, tmp_path / out)) == 2
+        assert f"moelab: --out={tmp_path / out}{message}" in capsys.readouterr().err
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    assert main(asked(command, clean, tmp_path / f"new-{name}")) == 2
+    assert f"new-{name} cannot be written: Read-only file system" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("command", "name"), WRITES)
+def test_a_file_is_replaced_whole_or_not_at_all(
+    root, clean, tmp_path, monkeypatch, capsys, command, name
+):
+    monkeypatch.setenv("MOELAB_CACHE", str(root))
+    (tmp_path / name).write_text("of before")
+    (tmp_path / f"link-{name}").symlink_to(name)
+    with (
+        monkeypatch.context() as patch
+    ):  # it could be written to before the work, and no more after
+        patch.setattr(os, "replace", refused)
+        assert main(asked(command, clean, tmp_path / name)) == 2
+        printed = capsys.readouterr()
+        assert "precision" in printed.out  # the work was not in vain
+        assert f"{name} cannot be written: Read-only file system" in printed.err
+    assert (tmp_path / name).read_text() == "of before"
+    assert main(asked(command, clean, tmp_path / f"link-{name}")) == 0
+    assert (tmp_path / f"link-{name}").is_symlink()
+    content = (tmp_path / name).read_bytes()
+    assert len(content) > 1000 and len(list(tmp_path.iterdir())) == 2
+    if name.endswith(".gz"):
+        assert content[10:].startswith(b"link-x.jsonl\0")  # the name that was asked for
 
 
 def test_importing_quality_imports_no_tool():

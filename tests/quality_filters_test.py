@@ -1,5 +1,7 @@
 """moelab/data/quality/filters: each rule worked by hand, and what each tool sees and does not see."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from moelab.data.document import Document
 from moelab.data.quality import (
     chain,
     filters,
+    inject,
     parse_filters,
     parse_injectors,
     ranking,
@@ -18,6 +21,7 @@ from moelab.data.quality import (
 from moelab.data.quality.contract import CLEAN
 from moelab.data.quality.filters import dsir, minhash, substring
 from moelab.data.quality.pool import Pool
+from moelab.data.quality.table import Table
 from moelab.data.split import split_of
 from tests.quality_inject_test import Source
 
@@ -369,8 +373,6 @@ def test_truth_by_hand():
     texts = ["same text"] * 3 + ["own text"]
     given = [Document("d", train_id(f"{i}-"), text) for i, text in enumerate(texts)]
     table, _ = chain.score(Pool(Source(given), (), None), parse_filters(("exact",)))
-    import dataclasses
-
     # Removed are documents 1 and 2; suppose that only 2 is dirty.
     table = dataclasses.replace(table, kinds=(CLEAN, "noise"), kind_N=np.array([0, 0, 1, 0]))
     found = truth.outcome(table, 0)
@@ -381,6 +383,51 @@ def test_truth_by_hand():
     assert found["kinds"]["noise"] == {"documents": 1, "removed": 1, "auc": round(2.5 / 3, 4)}
     assert found["domains"]["d"] == {"documents": 4, "kept": 2, "bytes": 35, "kept_bytes": 17}
     assert found["reasons"] == {"duplicate": 2}
+
+
+def test_truth_of_a_chain_by_hand():
+    """Of six documents, two domains, three dirty: the first filter takes 1 and 2, the second one 4."""
+    names = ("clean", "noise", "copy")
+    table = Table(
+        domains=("a", "b"),
+        kinds=names,
+        filters=("first", "second"),
+        reasons=("",),
+        ids=tuple("012345"),
+        sources=("",) * 6,
+        domain_N=np.array([0, 0, 0, 1, 1, 1]),
+        kind_N=np.array([0, 0, 1, 0, 2, 2]),
+        strength_N=np.zeros(6, np.float32),
+        num_bytes_N=np.array([1, 2, 4, 8, 16, 32]),
+        removed_by_N=np.array([-1, 0, 0, -1, 1, -1]),
+        reason_N=np.zeros(6, np.int32),
+        score_FN=np.zeros((2, 6), np.float32),
+    )
+    found = truth.of_all(truth.labels(table, np.ones(6, bool)), truth.labels(table, table.kept_N))
+    assert found["filter"] == "all" and found["auc"] is None
+    assert (found["documents"], found["removed"]) == (6, 3)
+    assert (found["bytes"], found["removed_bytes"]) == (63, 2 + 4 + 16)
+    # Removed are a clean document and two of the three dirty ones; document 5 is left.
+    assert found["precision"] == found["recall"] == round(2 / 3, 6)
+    assert found["clean_removed"] == round(1 / 3, 6)
+    assert {kind: row["removed"] for kind, row in found["kinds"].items()} == {
+        "clean": 1,
+        "noise": 1,
+        "copy": 1,
+    }
+    assert found["domains"] == {
+        "a": {"documents": 3, "kept": 1, "bytes": 7, "kept_bytes": 1},
+        "b": {"documents": 3, "kept": 2, "bytes": 56, "kept_bytes": 40},
+    }
+    # What reached the second one had two dirty documents left, of which it took one: that is not the chain's recall.
+    assert truth.outcome(table, 1)["recall"] == 1 / 2
+
+
+def test_truth_of_a_chain_where_all_is_dirty():
+    before = {"d": {"noise": {"documents": 2, "bytes": 9}}}
+    found = truth.of_all(before, before)
+    assert found["kinds"]["clean"] == {"documents": 0, "removed": 0, "auc": None}
+    assert (found["precision"], found["recall"], found["clean_removed"]) == (None, 0.0, None)
 
 
 def test_filters_follow_one_another_and_score_alone_does_not():
@@ -420,6 +467,12 @@ def test_an_empty_result_is_refused_by_name():
         ("minhash bands=0", "minhash: bands must be at least 1, got 0"),
         ("minhash bands=2.5", "minhash: bands wants int, got '2.5'"),
         ("classifier keep=-1", "classifier: keep must be between 0 and 1, got -1"),
+        ("minhash seed=-1", "minhash: seed must be at least 0, got -1"),
+        ("minhash seed=99999999999999999999", "minhash: seed must be at most 4294967295, got 9999"),
+        ("classifier seed=4294967296", "seed must be at most 4294967295, got 4294967296"),
+        ("gopher_quality min_words=-5", "gopher_quality: min_words must be at least 0, got -5"),
+        ("gopher_quality min_word_length=-2.5", "min_word_length must be at least 0, got -2.5"),
+        ("perplexity run=x tokens=-1", "perplexity: tokens must be at least 0, got -1"),
         ("classifier keeep=1", "no field 'keeep'; did you mean keep"),
         ("gopher_quality language=xx", "language must be one of en, fr, es, de, got 'xx'"),
         ("gopher_repetition scale=0", "scale must be above 0, got 0"),
@@ -430,6 +483,23 @@ def test_an_empty_result_is_refused_by_name():
 def test_bad_words_are_refused_with_what_was_meant(text, message):
     with pytest.raises(DataError, match=message):
         parse_filters((text,))
+
+
+@pytest.mark.parametrize("where", ["filter", "inject"])
+def test_no_number_of_any_tool_is_negative_or_endless(where):
+    folder, name, parse = (
+        (filters, "Filter", parse_filters)
+        if where == "filter"
+        else (inject, "Injector", parse_injectors)
+    )
+    for kind in folder.KINDS:
+        for field in dataclasses.fields(getattr(folder.module(kind), name)):
+            if type(field.default) in (int, float):
+                with pytest.raises(DataError, match=f"{kind}: {field.name} must be .* got -1"):
+                    parse((f"{kind} {field.name}=-1",))
+            if type(field.default) is int:
+                with pytest.raises(DataError, match=f"{kind}: {field.name} must be at most"):
+                    parse((f"{kind} {field.name}={10**30}",))
 
 
 def test_a_filter_is_written_as_it_is_read():

@@ -168,6 +168,15 @@ def test_duplicate_meets_its_share(share, copies, chosen):
     assert all(one.document.text == texts[one.label.source] for one in found["duplicate"])
 
 
+def test_duplicate_grows_the_text_as_it_says():
+    """All documents, a hundred times; half of the text of few documents, as often as you like: twice as long."""
+    given = [Document("d", f"{i:03}", f"text   {i:03}") for i in range(30)]
+    clean = [one for one in given if split_of("d", one.id) == "train"]
+    found = made(pooled("duplicate share=1 copies=100", given))
+    assert len(found["duplicate"]) == 99 * len(clean) and len(found["clean"]) == len(clean)
+    parse_injectors(("duplicate share=0.5 copies=1000000",))
+
+
 def test_near_duplicate_misses_words_and_names_its_original():
     found = made(pooled("near_duplicate share=1 rate=0.3", documents(300)))
     texts = {one.document.id: one.document.text.split() for one in found["clean"]}
@@ -286,6 +295,16 @@ def test_wheel_meets_its_share_and_refuses_more_than_there_is():
         ("token_noise share=0.1 share=0.2", "token_noise: share is given twice"),
         ("token_noise vocabulary=french", "vocabulary must be domain or document, got 'french'"),
         ("duplicate copies=0", "duplicate: copies must be at least 1, got 0"),
+        ("duplicate copies=1000000000", "duplicate: copies must be at most 1,000,000, got 1,000,"),
+        (
+            "duplicate share=1 copies=1000000000",
+            "duplicate: copies must be at most 1,000,000, got 1,000,000,000",
+        ),
+        (
+            "duplicate share=1 copies=101",
+            "share=1 with copies=101 makes the text 101 times as long, at most 100 times",
+        ),
+        ("duplicate share=0.9999 copies=1000000", "makes the text 9,901 times as long"),
         ("word_shuffle span=1", "span must be 0 or at least 2, got 1"),
         ("boilerplate lines=99", "lines must be at most 12, got 99"),
         ("wheel source=luther", "source must be one of html_bible, notes_bible"),

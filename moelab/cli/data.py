@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from moelab import environment
 from moelab.cli import output, quality_tables
@@ -29,6 +31,8 @@ def show(args: argparse.Namespace) -> int:
 
     dataset = _dataset(args)
     found = data.describe(dataset)
+    if "quality" in found and found["quality"]["outcomes"]:
+        found["all_filters"] = _together(found["quality"])
     if args.json:
         output.print_json(found)
         return 0
@@ -41,7 +45,7 @@ def show(args: argparse.Namespace) -> int:
         output.print_table(keys, [[row.get(key) for key in keys] for row in found["sources"]])
     if "quality" in found:
         quality_tables.print_labels(found["quality"])
-        quality_tables.print_outcomes(found["quality"]["outcomes"])
+        quality_tables.print_outcomes(found["quality"]["outcomes"], found.get("all_filters"))
     if dataset.tokenizer.kind != "external":
         print()
         texts = ((one.domain, " ".join(one.text[:200].split())) for one in data.sample(dataset))
@@ -84,17 +88,18 @@ def score(args: argparse.Namespace) -> int:
     endings = (".csv", ".jsonl", ".parquet")
     if args.out and not args.out.endswith(endings):
         raise UserError(f"--out: wants FILE{', '.join(endings)}, got {args.out!r}")
+    _check_out(args)
     config = _with_tools(args)
     table, outcomes = data.score(
         config.data, config.tokenizer, progress=data_progress(not args.json)
     )
-    if args.out:
-        data.write_scores(table, args.out)
-        output.note(f"{args.out}: {len(table):,} documents")
     if args.json:
         output.print_json({"documents": len(table), "outcomes": outcomes})
     else:
         quality_tables.print_outcomes(outcomes)
+    if args.out:
+        data.write_scores(table, args.out)
+        output.note(f"{args.out}: {len(table):,} documents")
     return 0
 
 
@@ -104,19 +109,37 @@ def filter(args: argparse.Namespace) -> int:
 
     if args.out and not args.out.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"--out: wants FILE.jsonl or FILE.jsonl.gz, got {args.out!r}")
+    _check_out(args)
     config = _with_tools(args)
     dataset = data.build(config.data, config.tokenizer, progress=data_progress(not args.json))
     found = dataset.manifest["quality"]
+    together = _together(found)
+    if args.json:
+        built = {"directory": dataset.directory, "sha256": dataset.sha256}
+        output.print_json(built | found | {"all_filters": together})
+    else:
+        quality_tables.print_labels(found)
+        quality_tables.print_outcomes(found["outcomes"], together)
+        print(f"\n{dataset.directory}")
     if args.out:
         count = data.write_text(dataset, args.out)
         output.note(f"{args.out}: {count:,} training documents")
-    if args.json:
-        output.print_json({"directory": dataset.directory, "sha256": dataset.sha256} | found)
-        return 0
-    quality_tables.print_labels(found)
-    quality_tables.print_outcomes(found["outcomes"])
-    print(f"\n{dataset.directory}")
     return 0
+
+
+def _together(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the filters did together; the manifest's "quality" has what it takes, in every dataset that there is."""
+    from moelab.data.quality import truth
+
+    return truth.of_all(found["labels"], found["kept_labels"])
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Finds out before the work that its result could not be written."""
+    from moelab.data import files
+
+    if args.out:
+        files.check_output("--out", args.out)
 
 
 def _with_tools(args: argparse.Namespace):

@@ -31,10 +31,20 @@ def _kept(found: Mapping[str, Any], domain: str, kind: str) -> tuple[int, int]:
     return counts.get("documents", 0), counts.get("bytes", 0)
 
 
-def print_outcomes(outcomes: Sequence[Mapping[str, Any]]) -> None:
-    """Prints precision and recall of each filter, the share that it removed of each label, and what it keeps where."""
+def print_outcomes(
+    outcomes: Sequence[Mapping[str, Any]], together: Mapping[str, Any] | None = None
+) -> None:
+    """Prints precision and recall of each filter, the share that it removed of each label, and what it keeps where.
+
+    Args:
+      outcomes: of each filter (truth.outcome).
+      together: of a chain (truth.of_all), for a last row; one filter alone is the chain, and gets none.
+    """
     if not outcomes:
         return
+    each = outcomes
+    if together and len(each) > 1:
+        outcomes = [*each, together]
     print()
     output.print_table(
         ("filter", "documents", "removed", "precision", "recall", "clean removed", "AUC"),
@@ -51,7 +61,7 @@ def print_outcomes(outcomes: Sequence[Mapping[str, Any]]) -> None:
     kinds = list(dict.fromkeys(kind for one in outcomes for kind in one["kinds"]))
     if len(kinds) > 1:
         _by_name("removed of label", outcomes, "kinds", kinds, _removed)
-        _by_name("AUC against clean", outcomes, "kinds", kinds[1:], lambda row: _number(row["auc"]))
+        _by_name("AUC against clean", each, "kinds", kinds[1:], lambda row: _number(row["auc"]))
     domains = list(dict.fromkeys(name for one in outcomes for name in one["domains"]))
     _by_name("bytes kept of domain", outcomes, "domains", domains, _share)
 

@@ -1,4 +1,4 @@
-"""Finding users' files, and knowing them by content without reading them twice.
+"""Finding users' files, knowing them by content without reading them twice, and writing whole files or none.
 
 A file's sha256 is remembered under its path, size and modification time, so that opening a large
 corpus again costs one `stat` per file.
@@ -13,6 +13,8 @@ import os
 import pathlib
 import tempfile
 import time
+import uuid
+from collections.abc import Iterator
 
 from moelab.data.document import DataError
 from moelab.spelling import hint
@@ -47,9 +49,10 @@ def select(root: pathlib.Path, patterns: tuple[str, ...]) -> list[tuple[str, pat
     """Lists (name relative to root, file) of a folder's files that match, or the one file itself.
 
     Raises:
-      DataError: nothing matches.
+      DataError: nothing matches, or a name is not UTF-8.
     """
     if root.is_file():
+        check_name(root.name, root)
         return [(root.name, root)]
     found: dict[str, pathlib.Path] = {}
     for pattern in patterns:
@@ -64,7 +67,23 @@ def select(root: pathlib.Path, patterns: tuple[str, ...]) -> list[tuple[str, pat
             f"{root}: no file matches {' or '.join(patterns)}; "
             + (f"it has files ending in {', '.join(endings[:8])}" if endings else "it has no files")
         )
+    for name, path in found.items():
+        check_name(name, path)
     return sorted(found.items())
+
+
+def check_name(name: str, path: pathlib.Path) -> None:
+    """Checks that a name can be a domain or an id.
+
+    Raises:
+      DataError: it has bytes that are not UTF-8.
+    """
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:  # Python carries such bytes as half surrogate pairs
+        raise DataError(
+            f"{os.fsencode(path)!r}: the name is not UTF-8, and it names the documents; rename it"
+        ) from error
 
 
 def digest(path: pathlib.Path) -> str:
@@ -99,7 +118,40 @@ def digests(selection: list[tuple[str, pathlib.Path]], memory: pathlib.Path) -> 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a text file so that a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives the path of a file to write, which then takes the place of `path`; on an error it is removed."""
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(option: str, path: str) -> None:
+    """Checks, before the work, that its result can be written.
+
+    Args:
+      option: the one that gave the path, for the message.
+      path: of the file; it need not be there, its folder must.
+
+    Raises:
+      DataError: it is no file, its folder is not there, or the system refuses to write.
+    """
+    found = pathlib.Path(os.path.realpath(path))
+    try:
+        if found.exists() and not found.is_file():
+            what = "a folder" if found.is_dir() else "no ordinary file"
+            raise DataError(f"{option}={path} is {what}; a file was wanted")
+        if not found.parent.is_dir():
+            raise DataError(f"{option}={path}: there is no folder {found.parent}")
+        if found.exists() and not os.access(found, os.W_OK):
+            raise DataError(f"{option}={path} cannot be written: it is read-only")
+        tempfile.TemporaryFile(dir=found.parent).close()
+    except OSError as error:
+        raise DataError(f"{option}={path} cannot be written: {error.strerror}") from error

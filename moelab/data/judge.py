@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import gzip
+import io
 import json
+import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
-from moelab.data import sources
+from moelab.data import files, sources
 from moelab.data.build import Progress, as_section, build, cache_directory
 from moelab.data.dataset import Dataset
+from moelab.data.document import DataError
 from moelab.data.quality import chain, spec, workers
 from moelab.data.quality.pool import Pool
 from moelab.data.quality.table import Table
@@ -65,31 +69,65 @@ def rows(table: Table) -> Iterator[dict[str, Any]]:
 
 
 def write_scores(table: Table, path: str | pathlib.Path) -> None:
-    """Writes the rows of a table to FILE.csv, FILE.jsonl or FILE.parquet."""
-    path = pathlib.Path(path)
-    found = list(rows(table))
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    """Writes the rows of a table to FILE.csv, FILE.jsonl or FILE.parquet, whole or not at all.
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), path)
-        return
-    with path.open("w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            writer = csv.DictWriter(file, found[0])
-            writer.writeheader()
-            writer.writerows(found)
-        else:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    Raises:
+      DataError: the file cannot be written; an older one is left as it was.
+    """
+    found = list(rows(table))
+    with _replacing(path) as temporary:
+        if str(path).endswith(".parquet"):
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), temporary)
+            return
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            if str(path).endswith(".csv"):
+                writer = csv.DictWriter(file, found[0])
+                writer.writeheader()
+                writer.writerows(found)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
 
 
 def write_text(dataset: Dataset, path: str | pathlib.Path) -> int:
-    """Writes the training documents of a dataset as JSON lines: domain, id, text; returns how many."""
+    """Writes the training documents of a dataset as JSON lines: domain, id, text.
+
+    Returns:
+      How many.
+
+    Raises:
+      DataError: the file cannot be written; an older one is left as it was.
+    """
     part = dataset.split("train")
-    opened = gzip.open if str(path).endswith(".gz") else open
-    with opened(path, "wt", encoding="utf-8") as file:
+    with _replacing(path) as temporary, _opened(temporary, pathlib.Path(path).name) as file:
         for number, name in enumerate(part.ids):
             text = dataset.tokenizer.decode(part.document(number).tolist())
             row = {"domain": part.domains[part.domain_N[number]], "id": name, "text": text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return len(part)
+
+
+@contextlib.contextmanager
+def _replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    try:
+        with files.replacing(pathlib.Path(os.path.realpath(path))) as temporary:
+            yield temporary
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path, name: str) -> Iterator[TextIO]:
+    """Opens a file for text; with a name that ends in .gz it is compressed, and says that name."""
+    if not name.endswith(".gz"):
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(name, "wb", fileobj=raw) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8") as file,
+    ):
+        yield file

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import pathlib
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -59,7 +60,10 @@ class TextSource(_FileSource):
             raise DataError(f"data.path {section.path}: a file came, a folder of texts was wanted")
         selection = files.select(self.root, (section.pattern,))
         # The domain of files at the top is the folder's own name, so the name is content too.
-        super().__init__("text", selection, memory, {"folder": self.root.resolve().name})
+        folder = self.root.resolve().name
+        if any("/" not in name for name, _ in selection):
+            files.check_name(folder, self.root.resolve())
+        super().__init__("text", selection, memory, {"folder": folder})
 
     def read(self, name: str, path: pathlib.Path) -> Iterator[Document]:
         """Yields the file's text, its bytes unchanged."""
@@ -156,6 +160,11 @@ def _parse(line: bytes, where: str) -> dict:
         raise DataError(f"{where}: not UTF-8 (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError:
+        raise DataError(f"{where}: lists or objects inside each other, too deep to read") from None
+    except ValueError as error:  # the limit that Python sets on the digits of an integer
+        most = sys.get_int_max_str_digits()
+        raise DataError(f"{where}: an integer of more than {most:,} digits") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: {type(record).__name__}, wanted an object {{...}} per line")
     return record

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -30,6 +30,11 @@ _PIECE = re.compile(r"\s*\S+|\s+")
 # Unicode); END spells a special token.
 _UNSAFE = re.compile("[\x1c-\x1f]|" + re.escape(END))
 _MEMORY = 1_000_000  # pieces remembered before starting afresh
+# Characters of the longest word to train on. Training takes the square of a word's length, and no text that people
+# write has such words (the five-domain corpus: 112), so that its tokenizer does not change.
+_LONGEST = 1000
+# What may hold such a word, which is of letters, of digits, of blanks, or of none of these.
+_LONG = re.compile(rf"[^\W_]{{{_LONGEST},}}|[\W_]{{{_LONGEST},}}")
 _JOINED = 64  # pieces encoded as one string; measured best of 1, 64, 512
 
 
@@ -184,6 +189,9 @@ class External:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
     """Trains byte-level BPE (GPT-2's pre-tokenization); the same texts give the same bytes.
 
+    A word of more than 1000 letters, digits, signs or blanks is learned from in parts of so many; encoding does not
+    cut it.
+
     Args:
       texts: the training split; streamed.
       vocab_size: tokens, the end token included; at least 257.
@@ -205,9 +213,24 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Bpe:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    # Not the tokenizer's own, which is locked while it is trained.
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
     with _threads():
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(
+            (part for text in texts for part in _parts(text, cut)), trainer
+        )
     return Bpe(tokenizer.to_str())
+
+
+def _parts(text: str, cut: Callable[[str], list]) -> Iterator[str]:
+    """Cuts a text where a word of it is too long to train on; any other stays whole."""
+    start = 0
+    for match in _LONG.finditer(text):
+        for _, (first, end) in cut(match.group()):
+            for stop in range(first + _LONGEST, end, _LONGEST):
+                yield text[start : match.start() + stop]
+                start = match.start() + stop
+    yield text[start:]
 
 
 def load(directory: pathlib.Path, entry: dict) -> Bytes | Bpe | External:

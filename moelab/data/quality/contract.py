@@ -65,7 +65,7 @@ class BaseInjector:
         return not self.domains or domain in self.domains
 
     def problems(self) -> Iterator[str]:
-        """Yields what is wrong with the fields, beyond what `shares` and `counts` say."""
+        """Yields what is wrong with the fields, beyond `shares`, `counts` and numbers below 0."""
         return iter(())
 
     def fit(self, pool: Pool, training: Any) -> Any:
@@ -124,7 +124,7 @@ class BaseFilter:
         return not self.domains or domain in self.domains
 
     def problems(self) -> Iterator[str]:
-        """Yields what is wrong with the fields, beyond what `shares` and `counts` say."""
+        """Yields what is wrong with the fields, beyond `shares`, `counts` and numbers below 0."""
         return iter(())
 
     def identity(self) -> dict[str, Any]:

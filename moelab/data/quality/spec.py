@@ -14,6 +14,8 @@ from moelab import fields
 from moelab.data.document import DataError
 from moelab.spelling import hint
 
+LARGEST = (1 << 32) - 1  # of an integer: scikit-learn takes no larger seed
+
 
 def parse_injectors(texts: Sequence[str]) -> tuple[Any, ...]:
     """Makes the injectors that `data.inject` names.
@@ -68,6 +70,7 @@ def _parse(text: str, folder, class_name: str, where: str):
 
 
 def _checked(made, where: str):
+    """Checks every number: of no tool has a negative one a meaning, nor an integer beyond LARGEST."""
     for name in made.shares:
         value = getattr(made, name)
         if not 0 <= value <= 1:
@@ -76,6 +79,14 @@ def _checked(made, where: str):
         if getattr(made, name) < 1:
             raise DataError(
                 f"{where}: {made.kind}: {name} must be at least 1, got {getattr(made, name)}"
+            )
+    for field in dataclasses.fields(made):
+        value = getattr(made, field.name)
+        if type(value) in (int, float) and value < 0:
+            raise DataError(f"{where}: {made.kind}: {field.name} must be at least 0, got {value}")
+        if type(value) is int and value > LARGEST:
+            raise DataError(
+                f"{where}: {made.kind}: {field.name} must be at most {LARGEST}, got {value}"
             )
     for problem in made.problems():
         raise DataError(f"{where}: {made.kind}: {problem}")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from moelab.data.quality.contract import CLEAN
 from moelab.data.quality.table import Table
+
+ALL = "all"  # stands for the filters together where each has its name
+
+# {domain: {label: {"documents": count, "bytes": size}}}
+Labels = Mapping[str, Mapping[str, Mapping[str, int]]]
 
 
 def outcome(found: Table, number: int) -> dict[str, Any]:
@@ -63,6 +70,66 @@ def outcome(found: Table, number: int) -> dict[str, Any]:
             if (removed_N & (found.reason_N == r)).any()
         },
     }
+
+
+def of_all(before: Labels, after: Labels) -> dict[str, Any]:
+    """Says what filters one after the other did together; a document counts once, whichever of them removed it.
+
+    Args:
+      before: of `labels`, for all documents: "labels" of a dataset's manifest.
+      after: the same for those that the last filter left: "kept_labels".
+
+    Returns:
+      As `outcome`, for a filter named "all"; there is no score of all, so that every auc is None, and no reasons.
+
+    >>> before = {"d": {"clean": {"documents": 4, "bytes": 40}, "noise": {"documents": 2, "bytes": 10}}}
+    >>> after = {"d": {"clean": {"documents": 3, "bytes": 30}}}
+    >>> found = of_all(before, after)
+    >>> found["removed"], found["precision"], found["recall"], found["clean_removed"]
+    (3, 0.666667, 1.0, 0.25)
+    """
+    domains = {
+        domain: {
+            "documents": _total(before, "documents", domain),
+            "kept": _total(after, "documents", domain),
+            "bytes": _total(before, "bytes", domain),
+            "kept_bytes": _total(after, "bytes", domain),
+        }
+        for domain in before
+    }
+    kinds = {}
+    for kind in dict.fromkeys((CLEAN, *(kind for counts in before.values() for kind in counts))):
+        count = _total(before, "documents", kind=kind)
+        removed = count - _total(after, "documents", kind=kind)
+        kinds[kind] = {"documents": count, "removed": removed, "auc": None}
+    count, clean = _total(before, "documents"), kinds[CLEAN]
+    removed = count - _total(after, "documents")
+    hit = removed - clean["removed"]
+    size = _total(before, "bytes")
+    return {
+        "filter": ALL,
+        "documents": count,
+        "removed": removed,
+        "bytes": size,
+        "removed_bytes": size - _total(after, "bytes"),
+        "precision": _share(hit, removed),
+        "recall": _share(hit, count - clean["documents"]),
+        "clean_removed": _share(clean["removed"], clean["documents"]),
+        "auc": None,
+        "kinds": kinds,
+        "domains": domains,
+    }
+
+
+def _total(labels: Labels, what: str, domain: str = "", kind: str = "") -> int:
+    """Adds up the documents or bytes of a domain, of a label, or of everything."""
+    return sum(
+        counts[what]
+        for name, kinds in labels.items()
+        if domain in ("", name)
+        for label, counts in kinds.items()
+        if kind in ("", label)
+    )
 
 
 def labels(found: Table, chosen_N: np.ndarray) -> dict[str, dict[str, dict[str, int]]]:

@@ -26,11 +26,9 @@ class Filter(ranking.RankingFilter):
     tokens: int = 256  # of a document's beginning that are scored; 0: all
 
     def problems(self) -> Iterator[str]:
-        """Yields what is wrong with `run` and `tokens`."""
+        """Yields what is wrong with `run`."""
         if not self.run:
             yield "run must name the directory of a finished run; it is empty"
-        if self.tokens < 0:
-            yield f"tokens must be at least 0, got {self.tokens}"
 
     def identity(self) -> dict[str, Any]:
         """Returns the fields, with the run's checkpoint in the place of its path."""

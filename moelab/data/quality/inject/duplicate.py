@@ -2,6 +2,9 @@
 
 With T bytes of text, b of them in the documents that are repeated, and R copies of each,
 share = R b / (R b + T - b), so that b = share T / (R (1 - share) + share).
+
+The text becomes (R b + T - b) / T = R / (R (1 - share) + share) times as long: R times where share is 1, and less than
+1 / (1 - share) times otherwise, however many copies there are.
 """
 
 from __future__ import annotations
@@ -12,6 +15,11 @@ from collections.abc import Iterator
 
 from moelab.data.quality import chance
 from moelab.data.quality.contract import CLEAN, BaseInjector, Label, Labelled
+
+MOST_COPIES = 1_000_000
+MOST_GROWTH = (
+    100  # times as long as the text becomes; more is a slip of the pen, and would fill the memory
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +36,17 @@ class Injector(BaseInjector):
 
     counts = ("copies",)
     copies_clean, in_place = True, False
+
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with `copies`, and with `share` for as many."""
+        growth = self.copies / (self.copies * (1 - self.share) + self.share)
+        if self.copies > MOST_COPIES:
+            yield f"copies must be at most {MOST_COPIES:,}, got {self.copies:,}"
+        elif growth > MOST_GROWTH:
+            yield (
+                f"share={self.share:g} with copies={self.copies} makes the text {growth:,.0f} times as long, "
+                f"at most {MOST_GROWTH} times are wanted: fewer copies or a smaller share"
+            )
 
     def fit(self, pool, training):
         """Chooses documents in the order of their draw: the set of (domain, id) to repeat."""

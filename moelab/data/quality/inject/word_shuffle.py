@@ -24,7 +24,7 @@ class Injector(BaseInjector):
 
     def problems(self) -> Iterator[str]:
         """Yields what is wrong with `span`."""
-        if self.span < 0 or self.span == 1:
+        if self.span == 1:
             yield f"span must be 0 or at least 2, got {self.span}"
 
     def apply(self, one: Labelled, fitted) -> Iterator[Labelled]:
