@@ -2,47 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from moelab.errors import UserError
 
-_LONGEST_NAME = 255  # bytes, of the usual file systems
+_PREFIX = ".tmp-"
 
 
-def write_text(path: Path | str, text: str) -> Path:
-    """Writes a UTF-8 file by replacing it; what was there stays if that fails. Folders on the way are made."""
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Gives the path of a file to write, which then takes the place of `path`; on an error it is removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name[:64]}.tmp")
+    temporary = path.with_name(f"{_PREFIX}{uuid.uuid4().hex}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    """Writes a UTF-8 file; folders on the way are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
 def is_leftover(path: Path) -> bool:
     """Whether a file is what a process that was killed left half written."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+    return path.name.startswith(_PREFIX)
 
 
-def check_target(path: Path | str) -> None:
-    """Refuses, before any work, a file that `write_text` could not write.
+def check_target(path: Path | str, option: str = "--out", *, make_folders: bool = False) -> None:
+    """Refuses, before the work, a file that its result could not be written to.
+
+    Args:
+      path: of the file, which need not be there.
+      option: the one that gave the path, for the message.
+      make_folders: whether its folder will be made.
 
     Raises:
-      UserError: it is a folder, its name is too long, or it lies in no folder that can be written.
+      UserError: it is no file, its folder is not there, or the system refuses to write.
     """
-    path = Path(path)
-    if len(path.name.encode(errors="surrogateescape")) > _LONGEST_NAME:
-        raise UserError(f"{path.name[:40]}...: the name is longer than {_LONGEST_NAME} bytes")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"{path} cannot be written: {folder} is no folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{path} cannot be written: {folder} allows no new files")
+    found = Path(os.path.realpath(path))
+    try:
+        if found.exists() and not found.is_file():
+            what = "a folder" if found.is_dir() else "no ordinary file"
+            raise UserError(f"{option}={path} is {what}; a file was wanted")
+        if found.exists() and not os.access(found, os.W_OK):
+            raise UserError(f"{option}={path} cannot be written: it is read-only")
+        folder = found.parent
+        while make_folders and not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            what = "is no folder" if folder.exists() else "is not there"
+            raise UserError(f"{option}={path} cannot be written: the folder {folder} {what}")
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{option}={path} cannot be written: {error.strerror}") from error

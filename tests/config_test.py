@@ -556,7 +556,7 @@ class TestDirectory:
         config.check_directory(c, tmp_path / "new")
         (tmp_path / "empty").mkdir()
         config.check_directory(c, tmp_path / "empty")
-        for name in (".lock", ".7-config.json.tmp"):  # of a run that was killed at once
+        for name in (".lock", ".tmp-7"):  # of a run that was killed at once
             (tmp_path / "empty" / name).touch()
         config.check_directory(c, tmp_path / "empty")
         self.save(tmp_path / "run", c)

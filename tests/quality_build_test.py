@@ -363,8 +363,8 @@ def test_where_nothing_can_be_written_nothing_is_done(
     (tmp_path / "file").write_text("text")
     os.mkfifo(tmp_path / f"pipe-{name}")
     for out, message in (
-        (f"nowhere/{name}", ": there is no folder"),
-        (f"file/{name}", ": there is no folder"),
+        (f"nowhere/{name}", f" cannot be written: the folder {tmp_path}/nowhere is not there"),
+        (f"file/{name}", f" cannot be written: the folder {tmp_path}/file is no folder"),
         (name, " is a folder; a file was wanted"),
         (f"pipe-{name}", " is no ordinary file; a file was wanted"),
         ("n" * 300 + name, " cannot be written: File name too long"),

@@ -136,10 +136,10 @@ def _together(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_out(args: argparse.Namespace) -> None:
     """Finds out before the work that its result could not be written."""
-    from moelab.data import files
+    from moelab import atomic
 
     if args.out:
-        files.check_output("--out", args.out)
+        atomic.check_target(args.out)
 
 
 def _with_tools(args: argparse.Namespace):

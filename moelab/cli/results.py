@@ -68,7 +68,7 @@ def _check_bib(path: Path) -> None:
     """Refuses to replace a file of references that somebody else wrote."""
     from moelab.report import citations
 
-    atomic.check_target(path)
+    atomic.check_target(path, make_folders=True)
     if path.exists() and not path.read_bytes().startswith(citations.HEAD.encode()):
         raise UserError(f"{path} is there and moelab did not write it; name --out otherwise")
 

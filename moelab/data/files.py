@@ -11,11 +11,9 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 import time
-import uuid
-from collections.abc import Iterator
 
+from moelab import atomic
 from moelab.data.document import DataError
 from moelab.spelling import hint
 
@@ -111,47 +109,5 @@ def digests(selection: list[tuple[str, pathlib.Path]], memory: pathlib.Path) -> 
     result = {name: digest(path) for name, path in selection}
     if all(started - stamp[2] > SETTLED_NANOSECONDS for stamp in stamps.values()):
         with contextlib.suppress(OSError):  # an unwritable cache costs time, nothing else
-            write_atomically(remembered, json.dumps(result))
+            atomic.write_text(remembered, json.dumps(result))
     return result
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a text file so that a reader sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives the path of a file to write, which then takes the place of `path`; on an error it is removed."""
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_output(option: str, path: str) -> None:
-    """Checks, before the work, that its result can be written.
-
-    Args:
-      option: the one that gave the path, for the message.
-      path: of the file; it need not be there, its folder must.
-
-    Raises:
-      DataError: it is no file, its folder is not there, or the system refuses to write.
-    """
-    found = pathlib.Path(os.path.realpath(path))
-    try:
-        if found.exists() and not found.is_file():
-            what = "a folder" if found.is_dir() else "no ordinary file"
-            raise DataError(f"{option}={path} is {what}; a file was wanted")
-        if not found.parent.is_dir():
-            raise DataError(f"{option}={path}: there is no folder {found.parent}")
-        if found.exists() and not os.access(found, os.W_OK):
-            raise DataError(f"{option}={path} cannot be written: it is read-only")
-        tempfile.TemporaryFile(dir=found.parent).close()
-    except OSError as error:
-        raise DataError(f"{option}={path} cannot be written: {error.strerror}") from error

@@ -15,7 +15,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from moelab.data import files, sources
+from moelab import atomic
+from moelab.data import sources
 from moelab.data.build import Progress, as_section, build, cache_directory
 from moelab.data.dataset import Dataset
 from moelab.data.document import DataError
@@ -112,7 +113,7 @@ def write_text(dataset: Dataset, path: str | pathlib.Path) -> int:
 @contextlib.contextmanager
 def _replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     try:
-        with files.replacing(pathlib.Path(os.path.realpath(path))) as temporary:
+        with atomic.replacing(os.path.realpath(path)) as temporary:
             yield temporary
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -24,10 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from moelab import atomic, metrics
 from moelab import config as configs
-from moelab import metrics
 from moelab import model as model_lib
-from moelab.data import files
 from moelab.errors import ConfigError
 from moelab.quant import export_config, export_tensors, storage, tensor_file
 from moelab.quant.export_config import LAYOUTS
@@ -77,7 +76,7 @@ def export(
     index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(tensors, TENSORS)}
     for name, value in ((INDEX, index), (CONFIG, described)):
         text = json.dumps(metrics.plain(value), indent=2, allow_nan=False)
-        files.write_atomically(folder / name, text + "\n")
+        atomic.write_text(folder / name, text + "\n")
     return validate_export(folder, tensors)
 
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from moelab import atomic, data, evaluate, manifest, metrics
 from moelab import config as configs
-from moelab import data, evaluate, manifest, metrics
 from moelab import model as model_lib
-from moelab.data import files
 from moelab.errors import ConfigError
 from moelab.quant import calibration, comparison, export, export_tensors, ptq, storage
 from moelab.quant.quantize_options import Options, check
@@ -52,7 +51,7 @@ def quantize_run(workdir: str | Path, options: Options) -> dict[str, Any]:
     found |= {"method_report": report, "export": exported}
     documents.write(Path(options.out) / DOCUMENTS, _columns(found["rows"]))
     text = json.dumps(metrics.plain(found), indent=2, allow_nan=False)
-    files.write_atomically(Path(options.out) / REPORT, text + "\n")
+    atomic.write_text(Path(options.out) / REPORT, text + "\n")
     return found
 
 

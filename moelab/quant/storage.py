@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moelab import environment, metrics
+from moelab import atomic, environment, metrics
 from moelab.data import files
 from moelab.errors import ConfigError
 from moelab.quant import packing, tensor_file
@@ -91,7 +91,7 @@ def save(folder: str | Path, packed: PackedRun, rest_dtype: str = "float32") -> 
         | {"file": (folder / TENSORS).stat().st_size},
     }
     text = json.dumps(metrics.plain(facts), indent=2, allow_nan=False)
-    files.write_atomically(folder / FACTS, text + "\n")  # last: a folder with facts is whole
+    atomic.write_text(folder / FACTS, text + "\n")  # last: a folder with facts is whole
     return facts
 
 

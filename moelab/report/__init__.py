@@ -69,7 +69,7 @@ def write(
         raise ReportError(f"a report ends in {', '.join(SUFFIXES)}; got {str(out)!r}")
     if fit and out.suffix == ".csv":
         raise ReportError("--fit is told and drawn; a .csv has room for neither")
-    atomic.check_target(out)
+    atomic.check_target(out, make_folders=True)
     loaded, notes = load_all(runs)
     compared = compared_arms(loaded, reference, precision, different_tokens)
     if compared is None:
