@@ -213,7 +213,7 @@ class TestCoverage:
     @pytest.mark.parametrize("of_seeds", [0.005, 0.02, 0.05])
     @pytest.mark.parametrize("seeds", [3, 5])
     def test_isoflop(self, seeds, of_seeds):
-        """The loss is that of all seeds that might have been: without their variance 3 seeds covered 41 %."""
+        """The loss is that of all seeds that might have been: without their variance 0.05 covered 40 to 44 %."""
         rng = np.random.default_rng(seeds)
         size, loss = [], []
         for _ in range(4000):
