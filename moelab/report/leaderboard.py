@@ -165,9 +165,9 @@ def _table(wanted, compared: arms.Comparison | None) -> str:
     shown = {arm.name for arm in compared.arms}
     missing = sorted({*wanted.get("arms", ()), *filter(None, [wanted.get("reference")])} - shown)
     main = arms_tables.main_table(compared)
-    parts = [f"{main.title}.\n", tables.to_markdown(main)]
+    parts = [f"{tables.markdown_text(main.title)}.\n", tables.to_markdown(main)]
     told = [*arms_tables.notes(compared), *crossing.notes(compared)]
-    parts += [f"- {note}" for note in told]
+    parts += [f"- {tables.markdown_text(note)}" for note in told]
     ran = compared.reference.first.config_schema
     if ran != schema.SCHEMA:
         parts.append(
@@ -190,6 +190,6 @@ def _table(wanted, compared: arms.Comparison | None) -> str:
         tables.to_markdown(points),
     ]
     for table in arms_measures.all_tables(compared):
-        parts += [f"{table.title}.\n", tables.to_markdown(table)]
+        parts += [f"{tables.markdown_text(table.title)}.\n", tables.to_markdown(table)]
     parts.append("</details>\n")
     return "\n".join(parts)
