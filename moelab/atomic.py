@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -16,11 +17,16 @@ _PREFIX = ".tmp-"
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Gives the path of a file to write, which then takes the place of `path`; on an error it is removed."""
-    path = Path(path)
-    temporary = path.with_name(f"{_PREFIX}{uuid.uuid4().hex}")
+    """Gives the path of a file to write, which then takes the place of `path`; on an error it is removed.
+
+    It has the suffix of `path`. What was there keeps its permissions, and a link to it stays one.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f"{_PREFIX}{uuid.uuid4().hex}{path.suffix[:16]}")
     try:
         yield temporary
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -47,7 +47,11 @@ def conclude(session, config_file: str, overrides: list[str], command: str) -> d
             state.router_state,
             dataset,
             config.evaluation.tasks,
-            dict.fromkeys((evaluate.REFERENCE, *names)),
+            [
+                row["precision"]
+                for row in section["rows"]
+                if row["precision"] in (evaluate.REFERENCE, *names)
+            ],
         )
     section["baselines"] = {"kneser_ney_bigram": _bigram(config, dataset, session.batches)}
     documents.write(workdir / documents.NAME, done.columns)

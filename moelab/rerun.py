@@ -223,7 +223,8 @@ def drifts(folder: Path | str = baselines.FOLDER) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         for entry in found:
-            float(entry["difference"]), int(entry["tokens"])
+            if not math.isfinite(entry["difference"]) or not isinstance(entry["tokens"], int):
+                raise ValueError(f"{entry['difference']} after {entry['tokens']} tokens")
     except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path}: damaged ({type(error).__name__}: {error})") from None
     return found
@@ -232,10 +233,16 @@ def drifts(folder: Path | str = baselines.FOLDER) -> list[dict[str, Any]]:
 def record(
     found: Rerun, entries: Mapping[int, Mapping], card: Mapping[str, Any], folder: Path | str
 ) -> bool:
-    """Appends the drift of a re-run on another kind of machine; returns whether it was one."""
+    """Appends the drift of a re-run on another kind of machine; returns whether it was one.
+
+    Raises:
+      ReportError: the re-run diverged.
+    """
     old = entries[found.seed]["card"] if found.seed in entries else None
     if old is None or machine(old) == machine(card):
         return False
+    if not math.isfinite(found.difference):
+        raise ReportError(f"{found.directory}: it diverged, which is no drift; nothing is recorded")
     entry = {
         "name": found.name,
         "seed": found.seed,

@@ -1,5 +1,6 @@
 """Committed baselines: cards whole and checked, the leaderboard never stale, one arm run again."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -195,14 +196,20 @@ class TestCards:
             (lambda e: e["card"]["config"]["router"].update(k=1), "differ in more than their seed"),
             (lambda e: e["card"]["config"].update(seed=5), "the seed is 0; the config has 5"),
             (lambda e: e["card"]["seeds"].update(seed=1), "seed 1 comes twice"),
-            (lambda e: e["card"]["seeds"].update(seed="0"), "seeds.seed wants an integer; got '0'"),
+            (
+                lambda e: e["card"]["seeds"].update(seed="0"),
+                "seeds.seed wants a whole number, not text",
+            ),
             (
                 lambda e: e["card"]["evaluation"]["rows"][0]["bits_per_byte"].update(all=9.0),
                 "lie outside",
             ),
             (lambda e: e["card"].update(schema=99), "a card of schema 99; this moelab reads 1"),
             (lambda e: e["card"].pop("evaluation"), "section 'evaluation' is missing"),
-            (lambda e: e["card"]["parameters"].update(active="x"), "seed 0: cannot be checked"),
+            (
+                lambda e: e["card"]["parameters"].update(active="x"),
+                "parameters.active wants a number, not text",
+            ),
             (
                 lambda e: e["curve"]["step"].__setitem__(-1, 99),
                 "the curve ends at step 99, the card at 40",
@@ -307,13 +314,69 @@ class TestCards:
         assert main(["baselines", "add", str(good), str(taken), option, "--family=a"]) == 2
         assert "holds another config" in capsys.readouterr().err and state() == before
 
-        def full(*args, **options):
-            raise OSError(28, "No space left on device")
+    @pytest.mark.parametrize("where", ["cards", "pictures", "leaderboard"])
+    def test_a_full_disk_changes_nothing(self, two_arms, tmp_path, monkeypatch, capsys, where):
+        pytest.importorskip("matplotlib")
+        option, path = f"--folder={two_arms}", two_arms / baselines.FAMILIES
+        families = json.loads(path.read_text())
+        families["a"]["tables"] = [{"reference": "plain", "picture": "a.png"}]
+        path.write_text(json.dumps(families))
+        monkeypatch.setattr(leaderboard.crossing, "drawable", lambda compared: True)
+        monkeypatch.setattr(
+            leaderboard.crossing, "write_png", lambda _, path, digest: path.write_text(digest)
+        )
+        runs = [str(make(tmp_path, name, 0, k=k)) for name, k in (("third", 4), ("fourth", 5))]
+        assert main(["baselines", "render", option]) == 0
 
-        monkeypatch.setattr(Path, "write_text", full)
-        plain = make_again = str(tmp_path / "plain-1")
-        assert main(["baselines", "add", make_again, option, "--family=a"]) == 1
-        assert "No space left" in capsys.readouterr().err and state() == before and plain
+        def state():
+            return {path: path.read_bytes() for path in two_arms.rglob("*") if path.is_file()}
+
+        before, written = state(), []
+
+        def full(name):
+            raise OSError(28, f"No space left on device: {name}")
+
+        def write_text(path, text):
+            written.append(path.name)
+            if (where, path.name) in (("cards", "fourth.json"), ("leaderboard", "README.md")):
+                full(path.name)
+            return atomic_write(path, text)
+
+        atomic_write = atomic.write_text
+        monkeypatch.setattr(atomic, "write_text", write_text)
+        if where == "pictures":
+            monkeypatch.setattr(leaderboard.crossing, "write_png", lambda *args: full("a.png"))
+        capsys.readouterr()
+        assert main(["baselines", "add", *runs, option, "--family=a"]) == 1
+        assert "No space left" in capsys.readouterr().err
+        assert "third.json" in written and state() == before
+
+    def test_two_arms_of_one_name_are_refused(self, folder, tmp_path):
+        runs = load_all([make(tmp_path, name, 0, k=k) for name, k in (("a x", 2), ("a?x", 3))])[0]
+        with pytest.raises(ReportError, match="two arms would be .*a_x.json, one of them 'a.x'"):
+            baselines.texts(runs, "a", folder)
+
+    def test_nothing_is_added_to_an_arm_that_was_changed(self, two_arms, tmp_path):
+        path = baselines.find("plain", two_arms)
+        value = json.loads(path.read_text())
+        value["runs"][0]["curve"]["loss"][0] = 0.5
+        path.write_text(json.dumps(value))
+        runs = load_all([make(tmp_path, "plain", 7)])[0]
+        with pytest.raises(ReportError, match="was changed after it was written"):
+            baselines.texts(runs, "a", two_arms)
+
+    def test_strays_beside_cards_hide_none(self, two_arms, capsys):
+        stray = two_arms / baselines.CARDS / "stray.json"
+        stray.write_text(baselines.find("plain", two_arms).read_text())
+        assert len(arm_file.files(two_arms / baselines.CARDS)) == 3
+        bad = baselines.find("wide", two_arms)
+        bad.write_text(bad.read_text().replace('"loss":', '"lost":'))
+        assert main(["verify", str(two_arms)]) == 1
+        assert "wide.json, run 1: curve.loss wants a list" in capsys.readouterr().out
+        (two_arms / baselines.CARDS / "a" / "notes.json").write_text("{}")
+        assert main(["verify", str(two_arms)]) == 1
+        assert "notes.json: schema is None" in capsys.readouterr().out
+        assert len(arm_file.files(two_arms / baselines.CARDS / "a")) == 2  # a report needs no notes
 
     def test_a_run_whose_loss_is_no_number_is_kept(self, folder, tmp_path):
         run = load_all([make(tmp_path, "plain", 0)])[0][0]
@@ -491,10 +554,22 @@ class TestJudgement:
         card = self.card(0, 2.01, simd="avx512f") | {"card_sha256": "0" * 64}
         assert rerun.record(found, entries, card, folder)
         assert not rerun.record(found, entries, self.card(0, 2.01), folder)
+        diverged = dataclasses.replace(found, difference=math.nan)
+        with pytest.raises(ReportError, match="it diverged, which is no drift"):
+            rerun.record(diverged, entries, card, folder)
         (kept,) = rerun.drifts(folder)
         assert (kept["difference"], kept["tokens"]) == (0.01, 1000) and kept["to"][
             "simd"
         ] == "avx512f"
+
+    @pytest.mark.parametrize(
+        "text", ["{", "5", '[{"tokens": 9}]', '[{"tokens": 9, "difference": NaN}]']
+    )
+    def test_a_damaged_record_of_drifts_is_named(self, two_arms, text, monkeypatch):
+        (two_arms / baselines.DRIFT).write_text(text)
+        monkeypatch.setattr(rerun.launch, "run", None)  # it is read before the training
+        with pytest.raises(ReportError, match="drift.json: damaged"):
+            rerun.rerun("a/plain", folder=two_arms)
 
     def test_a_finished_run_is_not_taken_for_a_new_one(self, two_arms, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

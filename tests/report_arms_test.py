@@ -425,7 +425,10 @@ def test_costs_that_differ_get_their_figure(swept):
 
 
 def test_bytes_are_of_all_weights(compared):
-    """100 parameters, of which 60 are of experts: 240 bytes in float32, 30 and 4 of scales in four bits."""
+    """100 parameters, of which 60 are of experts: 240 bytes in float32, 120 in bfloat16, 34 with scales in four bits.
+
+    Four bits were evaluated with the other 40 in float32.
+    """
     rows = [
         {"precision": "float32", "expert_bytes": 240},
         {"precision": "nvfp4_w", "expert_bytes": 34},
@@ -434,11 +437,12 @@ def test_bytes_are_of_all_weights(compared):
     card = card | {"parameters": {"total": 100}, "evaluation": card["evaluation"] | {"rows": rows}}
     run = dataclasses.replace(compared.reference.first, card=card)
     assert arms_plots.weight_bytes(run, run.rows[0]) == 400
-    assert arms_plots.weight_bytes(run, run.rows[1]) == 34 + 40 * 2
+    assert arms_plots.weight_bytes(run, run.rows[1]) == 34 + 40 * 4
+    assert arms_plots.weight_bytes(run, {"precision": "bf16", "expert_bytes": 120}) == 200
     dense = [row | {"expert_bytes": 0} for row in rows]  # nothing of it is packed
     evaluation = card["evaluation"] | {"rows": dense}
     run = dataclasses.replace(run, card=card | {"evaluation": evaluation})
-    assert [arms_plots.weight_bytes(run, row) for row in run.rows] == [400, 200]
+    assert [arms_plots.weight_bytes(run, row) for row in run.rows] == [400, 400]
 
 
 CROSSING = ("plain", 1e6, 0.1), ("other", 2e6, 0.2)  # name, FLOPs per token, slope
@@ -947,7 +951,8 @@ def test_the_command_line(swept, tmp_path, capsys):
     assert "moelab did not write it" in capsys.readouterr().err and bib.read_text() == "@book{mine}"
     assert main(["report", str(swept), "--bibtex", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bibtex"].startswith(citations.HEAD)
-    assert main(["report", str(swept), "--bibtex", "--fit=isoflop"]) == 2
+    for option in ("--fit=isoflop", "--precision=q", "--split=validation", "--different_tokens"):
+        assert main(["report", str(swept), "--bibtex", option]) == 2
     assert main(["report", str(swept), "--fit=isoflop", f"--out={tmp_path}/x.csv"]) == 2
     capsys.readouterr()
     for out, message in (

@@ -16,6 +16,7 @@ from tiny import make_config
 
 from moelab import metrics, record, report, routers, schema
 from moelab.report import (
+    arm_file,
     baselines,
     canvas,
     compare,
@@ -306,7 +307,7 @@ def test_the_committed_cards_are_not_damaged():
     entries = [
         entry
         for path in map(baselines.find, baselines.names())
-        for entry in baselines.read_arm(path).values()
+        for entry in arm_file.read(path).entries.values()
     ]
     assert len(entries) > 300
 

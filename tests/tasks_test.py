@@ -251,6 +251,10 @@ def test_tasks_see_the_pool_that_the_run_draws_from(dataset):
         assert train.ids[new] == all_of_it.ids[old]
         np.testing.assert_array_equal(train.document(new), all_of_it.document(old))
     assert pool.split("test") is dataset.split("test")
+    weighted = schema.Mixture(domain_weights=("code=1", "*=0"))
+    names = mixture.pooled(dataset, weighted, 10**6).split("train")
+    code = dataset.domains.index("code")
+    assert set(names.domain_N) == {code} and len(names) == len(all_of_it.of_domain(code))
     _, asked = ask("memorisation", pool, documents=1000)
     assert sum(name != "test" for name, _ in asked.about) <= len(train)
 
@@ -351,6 +355,25 @@ def test_the_table_names_what_was_left_out():
     ]
     notes = task_table.notes({"left_out": {"facts": "why"}, "dropped": {"recall": 3}, "leak": ""})
     assert notes[0] == "facts was left out: why" and "recall: 3 items" in notes[1]
+
+
+def test_a_dense_model_is_not_asked_in_formats_of_experts(tmp_path, monkeypatch):
+    import small_run
+
+    from moelab import config as configs
+    from moelab import train
+
+    monkeypatch.setenv("MOELAB_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text"
+    text.mkdir()
+    changes = dict(
+        evaluation=dict(precisions=("float32", "bf16", "nvfp4_wa"), tasks=("induction",))
+    )
+    changes |= dict(moe=dict(num_experts=0), balance=dict(switch_loss=dict(coefficient=0.0)))
+    config = configs.from_dict(small_run.config_with(small_run.write_text(text), **changes))
+    evaluation = train.run(config, tmp_path / "run").card["evaluation"]
+    rows = [row["precision"] for row in evaluation["rows"]]
+    assert rows == [row["precision"] for row in evaluation["tasks"]["rows"]] == ["float32", "bf16"]
 
 
 def test_the_command_asks_a_run_and_the_card_keeps_what_it_asked(tmp_path, monkeypatch, capsys):

@@ -27,12 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a terminal that lacks a character gets another, not a traceback
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # what a terminal lacks is replaced, no traceback
+        sys.stdout.reconfigure(errors="replace")
     try:
         args = arguments.parse(argv)
         if args is None:  # help or version was printed

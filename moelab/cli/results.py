@@ -34,8 +34,15 @@ def report(args: argparse.Namespace) -> int:
             print(*written.values(), sep="\n")
         return 0
     if args.bibtex:
-        for name in ("reference", "fit"):
-            if getattr(args, name):
+        given = {
+            "reference": args.reference,
+            "fit": args.fit,
+            "different_tokens": args.different_tokens,
+            "precision": args.precision != "float32",
+            "split": args.split != "test",
+        }
+        for name, value in given.items():
+            if value:
                 raise UserError(
                     f"--bibtex alone prints papers; --{name} is for a report, --out=FILE"
                 )
@@ -124,11 +131,12 @@ def _problems(path: Path) -> list[str]:
     from moelab.report import card as cards
     from moelab.report.verify import verify as problems_of
 
-    if (path / baselines.FAMILIES).is_file():
-        path = path / baselines.CARDS
-        if not arm_file.files(path):
-            return [f"{path}: there are no cards"]
-    if files := arm_file.files(path):
+    files = arm_file.files(path)
+    if (path / baselines.FAMILIES).is_file():  # whatever lies among its cards is to be one
+        files = sorted((path / baselines.CARDS).rglob("*.json"))
+        if not files:
+            return [f"{path / baselines.CARDS}: there are no cards"]
+    if files:
         return [problem for arm in files for problem in baseline_checks.problems(arm)]
     if not path.is_file():
         return problems_of(path)

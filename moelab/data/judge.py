@@ -8,7 +8,6 @@ import dataclasses
 import gzip
 import io
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -113,7 +112,7 @@ def write_text(dataset: Dataset, path: str | pathlib.Path) -> int:
 @contextlib.contextmanager
 def _replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     try:
-        with atomic.replacing(os.path.realpath(path)) as temporary:
+        with atomic.replacing(path) as temporary:
             yield temporary
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error

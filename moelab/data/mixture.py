@@ -136,9 +136,18 @@ def subset(
 
 
 def pooled(dataset: Dataset, settings: schema.Mixture, tokens: int) -> Dataset:
-    """Returns the dataset with only the pool in its training split; arguments as for `subset`."""
+    """Returns the dataset with only what the run draws from in its training split; arguments as for `subset`.
+
+    That is the pool, without the domains and buckets whose weight is 0 from beginning to end.
+    """
     train = dataset.split("train")
-    return dataset.with_training(train.take(subset(dataset, train, settings, tokens)))
+    found, names = streams(dataset, settings, tokens)
+    size_S = np.array([len(one.token_T) for one in found])
+    phases = plan(settings, found, size_S, train.domains, names, 1, 1000).phases
+    chosen_N = np.zeros(len(train), bool)
+    for number, stream in enumerate(found):
+        chosen_N[stream.document_N] = any(share_S[number] for _, share_S in phases)
+    return dataset.with_training(train.take(chosen_N))
 
 
 def _origins(dataset: Dataset) -> dict[tuple[str, str], str]:

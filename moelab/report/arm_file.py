@@ -92,9 +92,6 @@ def _problems(entry: Any) -> Iterator[str]:
         yield f"a card of schema {card.get('schema')!r}; this moelab reads {cards.SCHEMA}"
         return
     yield from cards.outline_problems(card)
-    seed = card["seeds"].get("seed")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        yield f"seeds.seed wants an integer; got {seed!r}"
     if not isinstance(entry.get("documents_sha256", ""), str):
         yield "documents_sha256 wants a text"
     if not isinstance(curve, dict):
@@ -133,26 +130,35 @@ def _is_number(value: Any) -> bool:
 
 
 def is_arm(path: Path | str) -> bool:
-    """Says whether a file holds an arm's cards, or damaged JSON where a folder of arms would have them."""
+    """Says whether a file holds an arm's cards, or damaged JSON in a folder of committed cards."""
     path = Path(path)
     if path.suffix != ".json" or not path.is_file():
         return False
     try:
         value = cards.read_json(path)
     except cards.CardError:
-        return path.parent.parent.name == "cards"
+        return path.resolve().parent.parent.name == "cards"
     return "runs" in value and "family" in value
 
 
 def files(path: Path | str) -> list[Path]:
     """Returns the arms that a path names: a file of cards, or those in a folder and one below; none where it is else.
 
-    Damaged files of a folder of arms are among them, so that reading them says so and none is lost.
+    Damaged files beside arms are among them, so that reading them says so; other JSON is not.
     """
     path = Path(path)
     if not path.is_dir():
         return [path] if is_arm(path) else []
     if (path / "config.json").exists() or (path / "sweep.json").exists():
         return []
-    there = sorted(path.glob("*.json")) or sorted(path.glob("*/*.json"))
-    return there if any(is_arm(one) for one in there) else []
+    there = [*sorted(path.glob("*.json")), *sorted(path.glob("*/*.json"))]
+    found = [one for one in there if is_arm(one) or _damaged(one)]
+    return found if any(map(is_arm, found)) else []
+
+
+def _damaged(path: Path) -> bool:
+    try:
+        cards.read_json(path)
+    except cards.CardError:
+        return True
+    return False

@@ -157,7 +157,8 @@ def pareto(comparison: Comparison, axis: str) -> canvas.Figure | None:
         if axis == "seconds":
             text += _machines(comparison)
         if axis == "bytes":
-            text += " All weights: the experts' packed, with their scales; the others at two bytes, in float32 at four."
+            text += " All weights as they were evaluated: experts packed, with their scales; the others in float32,"
+            text += " under bf16 in bfloat16."
         return canvas.Figure(title, text, canvas.to_svg(figure, f"pareto-{axis}"))
 
 
@@ -238,7 +239,7 @@ def _points(comparison: Comparison, axis: str) -> list[_Point]:
 
 
 def weight_bytes(run: Run, row: Mapping[str, Any]) -> float | None:
-    """Bytes of all weights in a row's precision: experts as packed, the others at 4 bytes in float32 and at 2 else.
+    """Bytes of all weights as a row was evaluated: experts as packed, the others at 2 bytes in bfloat16, at 4 else.
 
     None where the card does not tell.
     """
@@ -247,7 +248,7 @@ def weight_bytes(run: Run, row: Mapping[str, Any]) -> float | None:
     experts, packed = (fmt.number(r.get("expert_bytes")) for r in (plain, row))
     if total is None or experts is None or packed is None:
         return None
-    return packed + (total - experts / 4) * (4 if row["precision"] == REFERENCE else 2)
+    return packed + (total - experts / 4) * (2 if row["precision"] == "bf16" else 4)
 
 
 def _seeds(arm: Arm, precision: str) -> list[float]:

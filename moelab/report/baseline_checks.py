@@ -27,13 +27,18 @@ def problems(path: Path | str) -> list[str]:
         found = arm_file.read(path)
     except ReportError as error:
         return [str(error)]
-    told = [f"{path}: {text}" for text in _of_file(path, found)]
+    told = _guarded(str(path), _of_file(path, found))
     for seed, entry in found.entries.items():
-        where = f"{path}, seed {seed}"
-        try:
-            told += [f"{where}: {text}" for text in _of_entry(entry)]
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            told.append(f"{where}: cannot be checked ({type(error).__name__}: {error})")
+        told += _guarded(f"{path}, seed {seed}", _of_entry(entry))
+    return told
+
+
+def _guarded(where: str, problems: Iterator[str]) -> list[str]:
+    told = []
+    try:
+        told.extend(f"{where}: {text}" for text in problems)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told.append(f"{where}: cannot be checked ({type(error).__name__}: {error})")
     return told
 
 
@@ -43,9 +48,10 @@ def _of_file(path: Path, found: arm_file.ArmFile) -> Iterator[str]:
     configs = [baselines.config_of(entry) for entry in found.entries.values()]
     if any(config != configs[0] for config in configs):
         yield "its runs differ in more than their seed"
-    if path.parent.parent.name == baselines.CARDS:
+    folder = path.resolve().parent
+    if folder.parent.name == baselines.CARDS:
         named = f"{found.family}/{baselines.file_name(found.arm)}"
-        if named != f"{path.parent.name}/{path.stem}":
+        if named != f"{folder.name}/{path.stem}":
             yield f"it says that it is {named}"
 
 

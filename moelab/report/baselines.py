@@ -126,13 +126,18 @@ def texts(runs: Sequence[Run], family_name: str, folder: Path | str = FOLDER) ->
       folder: of the baselines.
 
     Raises:
-      ReportError: no such family; an arm's name that another config has; a run without a journal.
+      ReportError: no such family; an arm's name that another has; an arm that was changed by hand; a run without a
+        journal.
     """
     family(family_name, folder)
     made = {}
     for arm in arms.group(runs):
         path = Path(folder) / CARDS / family_name / f"{file_name(arm.name)}.json"
-        earlier = arm_file.read(path).entries if path.is_file() else {}
+        if path in made:
+            raise ReportError(
+                f"two arms would be {path}, one of them {arm.name!r}: name a point otherwise"
+            )
+        earlier = _earlier(path) if path.is_file() else {}
         new = {seed: _entry(run) for seed, run in arm.runs.items()}
         for seed, entry in earlier.items():
             if config_of(entry) != config_of(next(iter(new.values()))):
@@ -142,6 +147,13 @@ def texts(runs: Sequence[Run], family_name: str, folder: Path | str = FOLDER) ->
             new.setdefault(seed, entry)
         made[path] = arm_file.text(family_name, arm.name, new)
     return made
+
+
+def _earlier(path: Path) -> dict[int, dict[str, Any]]:
+    found = arm_file.read(path)
+    if arm_file.digest(found.family, found.arm, found.entries) != found.sha256:
+        raise ReportError(f"{path} was changed after it was written: nothing is added to it")
+    return found.entries
 
 
 def file_name(arm: str) -> str:

@@ -19,6 +19,7 @@ from moelab.report.arms import Arm, Comparison
 from moelab.report.documents import ALL
 from moelab.report.runs import Run
 
+_ROUNDING = 1e-9  # relative, of a number that went through its logarithm
 CAPTION = (
     "As trained, on the validation split; mean over seeds, band from the lowest to the highest. Where a schedule "
     "decays at its end, earlier points are of an undecayed learning rate."
@@ -76,8 +77,8 @@ def of_arm(arm: Arm, comparison: Comparison) -> list[fits.Crossover] | None:
 def _between_looks(found: fits.Crossover, looks: Sequence[np.ndarray]) -> fits.Crossover:
     """Widens the bounds to the looks of either arm around them."""
     place = found.place
-    below = [flops[flops <= place.low] for flops in looks]
-    above = [flops[flops >= place.high] for flops in looks]
+    below = [flops[flops <= place.low * (1 + _ROUNDING)] for flops in looks]
+    above = [flops[flops >= place.high * (1 - _ROUNDING)] for flops in looks]
     low = min([place.low, *(float(flops.max()) for flops in below if flops.size)])
     high = max([place.high, *(float(flops.min()) for flops in above if flops.size)])
     return found._replace(place=place._replace(low=low, high=high))

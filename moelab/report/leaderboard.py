@@ -83,10 +83,11 @@ def write(folder: Path | str = baselines.FOLDER) -> list[Path]:
       ReportError: as `render`.
     """
     readme, drawn = Path(folder) / baselines.README, pictures(folder)
-    atomic.write_text(readme, render(folder))
+    text = render(folder)
     for path, (compared, digest) in drawn.items():
-        crossing.write_png(compared, path, digest)
-    return [readme, *drawn]
+        with atomic.replacing(path) as temporary:
+            crossing.write_png(compared, temporary, digest)
+    return [atomic.write_text(readme, text), *drawn]
 
 
 def add(runs: Sequence[Run], family: str, folder: Path | str = baselines.FOLDER) -> list[Path]:
@@ -98,18 +99,21 @@ def add(runs: Sequence[Run], family: str, folder: Path | str = baselines.FOLDER)
     Raises:
       ReportError: as `baselines.texts`; the family's runs do not compare with them.
     """
-    made = baselines.texts(runs, family, folder)
-    before = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in made}
+    made, folder = baselines.texts(runs, family, folder), Path(folder)
+    tables_of = [table for found in baselines.families(folder).values() for table in found.tables]
+    drawn = [folder / table["picture"] for table in tables_of if "picture" in table]
+    paths = [*made, folder / baselines.README, *drawn]
+    before = {path: path.read_bytes() if path.exists() else None for path in paths}
     try:
         for path, text in made.items():
             atomic.write_text(path, text)
         return [*made, *write(folder)]
     except BaseException:
-        for path, text in before.items():
-            if text is None:
+        for path, content in before.items():
+            if content is None:
                 path.unlink(missing_ok=True)
-            else:
-                atomic.write_text(path, text)
+            elif path.read_bytes() != content:
+                path.write_bytes(content)
         raise
 
 
