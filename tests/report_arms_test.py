@@ -698,7 +698,7 @@ class TestMeasures:
         asked = dataclasses.replace(compared, precision=arms.VALIDATION)
         assert arms_measures.domains(asked) is None
 
-    def test_tasks_that_every_run_has(self, compared):
+    def test_tasks_that_every_run_of_an_arm_has(self, compared):
         def two_precisions(evaluation):
             rows = evaluation["tasks"]["rows"]
             low = [row | {"precision": "bf16", "value": row["value"] - 0.1} for row in rows]
@@ -724,8 +724,10 @@ class TestMeasures:
         asked_of = dataclasses.replace(compared, arms=chosen, reference=chosen[0])
         table = arms_measures.tasks(asked_of)
         assert table.columns == ("measure", "unit", "chance", *(arm.name for arm in chosen))
-        (row,) = table.rows
+        row, recall = table.rows
         assert [cell.text for cell in row[:3]] == ["facts: accuracy", "share", "0.250"]
+        assert recall[0].text == "recall: accuracy"
+        assert [bool(cell.text) for cell in recall[3:]] == [True, False, True, True]
         low, high = stats.ttest_1samp([0.5, 0.51, 0.52, 0.53, 0.54], 0).confidence_interval(0.95)
         assert row[3].line == f"0.520 [{low:.3f}, {high:.3f}]"
         both = tuple(
@@ -741,12 +743,13 @@ class TestMeasures:
             for arm in chosen
         )
         asked_of = dataclasses.replace(asked_of, arms=both, reference=both[0])
-        assert [r[0].text for r in arms_measures.tasks(asked_of).rows] == ["facts: accuracy"]
+        both_tasks = ["facts: accuracy", "recall: accuracy"]
+        assert [r[0].text for r in arms_measures.tasks(asked_of).rows] == both_tasks
         in_bf16 = dataclasses.replace(asked_of, precision="bf16")
-        assert [r[3].value for r in arms_measures.tasks(in_bf16).rows] == [pytest.approx(0.42)]
+        assert [r[3].value for r in arms_measures.tasks(in_bf16).rows] == [pytest.approx(0.42)] * 2
         unasked = dataclasses.replace(asked_of, precision="mxfp4_w")
         names = [r[0].text for r in arms_measures.tasks(unasked).rows]
-        assert names == ["facts: accuracy, float32", "facts: accuracy, bf16"]
+        assert set(names) == {f"{t}, {p}" for t in both_tasks for p in ("float32", "bf16")}
         in_validation = dataclasses.replace(asked_of, precision=arms.VALIDATION)
         assert arms_measures.tasks(in_validation) is None
         numbers = arms_rows.rows(asked_of)[0]

@@ -70,24 +70,23 @@ def _baselines(arms: Sequence[Arm], domains: Sequence[str]) -> list[tuple[Cell, 
 
 
 def tasks(comparison: Comparison) -> Table | None:
-    """Tells the tasks of which every run has a row, a line per measure and a column per arm; None without any.
+    """Tells the tasks, a line per measure and a column per arm, empty where not all runs of the arm have it.
 
     Of the comparison's precision; of all precisions where the tasks were not asked in it.
+
+    Returns:
+      None where no arm has any, or the numbers are of the validation split.
     """
     found = {arm.name: task_rows(arm) for arm in comparison.arms}
-    shared = [
-        key
-        for key in found[comparison.reference.name]
-        if all(key in have for have in found.values())
-    ]
-    if not shared or comparison.precision == VALIDATION:
+    units = {key: rows[0] for have in found.values() for key, rows in have.items()}
+    if not units or comparison.precision == VALIDATION:
         return None
-    asked_in = {precision for _, _, precision in shared} & {comparison.precision}
-    shared = [key for key in shared if not asked_in or key[2] in asked_in]
+    asked_in = {precision for _, _, precision in units} & {comparison.precision}
     body = []
-    for key in shared:
+    for key, row in units.items():
         task, measure, precision = key
-        row = found[comparison.reference.name][key][0]
+        if asked_in and precision not in asked_in:
+            continue
         body.append(
             (
                 Cell(
@@ -97,7 +96,7 @@ def tasks(comparison: Comparison) -> Table | None:
                 Cell(row["unit"], row["unit"]),
                 Cell(fmt.fixed(row["chance"], 3), fmt.number(row["chance"])),
                 *(
-                    _mean([fmt.number(r["value"]) for r in found[arm.name][key]], 3)
+                    _mean([fmt.number(r["value"]) for r in found[arm.name].get(key, ())], 3)
                     for arm in comparison.arms
                 ),
             )
