@@ -44,7 +44,7 @@ clean text.
 Lab book
   machine    2 cores of an AMD EPYC (AVX-512), two runs at a time, jax 0.12.0.1
   wall time  small 85 s of training, large 190 to 210 s, small_long 200 to 230 s, controls and dense 75 to 110 s, and 20
-             to 30 s of evaluation; the tier: not run
+             to 30 s of evaluation; the tier 40 min a small run, 90 min a large one, other work beside some of them
   result     this dirt costs the small model 0.051 bits per byte in four bits, and the filters do not give it back:
              against dirty text filtered text is worse by 0.0589 [0.0515, 0.0662], 0.0538 [0.0455, 0.0620] for the
              large model, 0.0521 [0.0468, 0.0574] for the dense control, and 0.2534 [0.2440, 0.2629] for small_long:
@@ -54,7 +54,8 @@ Lab book
              is code that suffers, long files of which a pool holds a dozen; prose gains where text is not repeated.
              Training for four bits changes none of this. Of the filters in `strengths` MinHash alone is best, -0.0478
              [-0.0694, -0.0262] against none over two seeds of the validation split: what it takes away is copies; the
-             more a classifier takes besides, the worse. About quality against size nothing is said before the tier
+             more a classifier takes besides, the worse. About quality against size nothing is said before the tier,
+             of which one seed of three has run
   date       2026-11-30
 """
 
