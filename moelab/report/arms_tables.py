@@ -100,7 +100,7 @@ def _difference_cell(arm: Arm, comparison: Comparison) -> Cell:
         return Cell("no seed in common")
     if math.isnan(found.mean):
         return Cell("the reference diverged")
-    detail = "" if found.over == "seeds" else f"one pair: over {found.over}"
+    detail = f"one pair: over {found.over}" if found.over == "documents" else ""
     if found.over == "seeds" and found.both is not None:
         detail = "with documents " + _bounds(found.both.low, found.both.high)
     bounds = _bounds(found.low, found.high)
