@@ -19,6 +19,7 @@ _PACKAGE = Path(__file__).parent.parent
 _ID = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 _RECIPES = {"nvfp4_training": ("2509.25149",), "fp8_block": ("2412.19437",)}
+_STRAIGHT_THROUGH = ("1308.3432",)  # the gradient of fake quantization
 _DISTILLATION = ("1503.02531", "2601.20088")
 _DEEPSEEK_MOE = "2401.06066"  # fine-grained and shared experts
 _STRENGTHS = ("coefficient", "rate")  # the first of them that a mechanism has is 0 where it is off
@@ -90,7 +91,8 @@ def _low_precision(quantization: Mapping[str, Any]) -> dict[str, list[str]]:
     found = {}
     recipe = quantization.get("recipe", "none")
     if recipe != "none":
-        found[f"recipe {recipe}"] = list(_RECIPES.get(recipe, ()))
+        default = _STRAIGHT_THROUGH if "_qat" in recipe else ()
+        found[f"recipe {recipe}"] = list(_RECIPES.get(recipe, default))
     format = quantization.get("format", "") if recipe.startswith("w4") else ""
     if any("_46" in named for named in (format, *(quantization.get("roles") or ()))):
         found["Four Over Six"] = of_docstring(_PACKAGE / "quant/ptq/four_over_six.py")

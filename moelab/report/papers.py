@@ -8,6 +8,10 @@ from __future__ import annotations
 
 # arXiv id -> (first authors, title)
 PAPERS = {
+    "1308.3432": (
+        "Bengio, Yoshua and Léonard, Nicholas and Courville, Aaron",
+        "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation",
+    ),
     "1503.02531": (
         "Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
         "Distilling the Knowledge in a Neural Network",
