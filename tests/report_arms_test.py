@@ -971,6 +971,9 @@ def test_the_command_line(swept, tmp_path, capsys):
         assert main(["report", str(swept), f"--out={target}"]) == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.glob(".*.tmp"))
+    for out in (".", "x", "x.pdf"):
+        assert main(["report", str(swept), f"--out={out}", "--bibtex"]) == 2
+        assert "a report ends in .html, .md, .csv, .tex; got" in capsys.readouterr().err
     run = str(next(swept.glob("*/result.json")).parent)
     for option in ("--precision=q", "--split=validation", "--reference=x"):
         assert main(["report", run, option]) == 2

@@ -22,6 +22,7 @@ def report(args: argparse.Namespace) -> int:
     options = {"reference": args.reference, "precision": precision}
     options["different_tokens"] = args.different_tokens
     if args.out:
+        reports.check_out(args.out)
         bib = Path(args.out).with_suffix(".bib")
         if args.bibtex:
             _check_bib(bib)

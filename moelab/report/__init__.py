@@ -65,8 +65,7 @@ def write(
       ReportError: no runs, an unreadable run, runs that do not compare, or another suffix.
     """
     out = Path(out)
-    if out.suffix not in SUFFIXES:
-        raise ReportError(f"a report ends in {', '.join(SUFFIXES)}; got {str(out)!r}")
+    check_out(out)
     if fit and out.suffix == ".csv":
         raise ReportError("--fit is told and drawn; a .csv has room for neither")
     atomic.check_target(out, make_folders=True)
@@ -84,6 +83,16 @@ def write(
     else:
         text = _render(loaded, out.suffix, different_tokens)
     return atomic.write_text(out, text)
+
+
+def check_out(out: Path | str) -> None:
+    """Refuses a report of another kind.
+
+    Raises:
+      ReportError: it does not end in one of SUFFIXES.
+    """
+    if Path(out).suffix not in SUFFIXES:
+        raise ReportError(f"a report ends in {', '.join(SUFFIXES)}; got {str(out)!r}")
 
 
 def fit_of(compared, kind: str):

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelab.report import arm_file, baselines
+from moelab import schema
+from moelab.report import arm_file, baselines, verify
 from moelab.report import card as cards
 from moelab.report import formatting as fmt
 from moelab.report.runs import ReportError
@@ -56,9 +57,6 @@ def _of_file(path: Path, found: arm_file.ArmFile) -> Iterator[str]:
 
 
 def _of_entry(entry: Mapping[str, Any]) -> Iterator[str]:
-    from moelab import config as configs  # late: reading a config may import routers and so jax
-    from moelab import schema
-
     card = entry["card"]
     if cards.digest(card) != card["card_sha256"]:
         yield "changed after it was written: card_sha256 does not match its content"
@@ -68,13 +66,7 @@ def _of_entry(entry: Mapping[str, Any]) -> Iterator[str]:
             f"configs have schema {schema.SCHEMA} now, this one {got!r}: verify it with the moelab that made it"
         )
         return
-    try:
-        sha = configs.sha256(configs.from_dict(card["config"]))
-    except configs.ConfigError as error:
-        yield f"config cannot be read: {error}"
-    else:
-        if sha != card["config_sha256"]:
-            yield f"config_sha256 is {card['config_sha256'][:12]}; config gives {sha[:12]}"
+    yield from verify.config_hash_problems(card)
     if card["config"].get("seed") != card["seeds"]["seed"]:
         yield f"the seed is {card['seeds']['seed']}; the config has {card['config'].get('seed')}"
     yield from _numbers(card)

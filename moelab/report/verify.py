@@ -10,7 +10,7 @@ agreement, bytes of expert weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,20 @@ def _files(directory: Path, card: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: changed after the run: SHA-256 differs from the card's"
 
 
+def config_hash_problems(card: Mapping[str, Any]) -> Iterator[str]:
+    """Says whether the card's config is one of this moelab's and has the hash that the card states."""
+    from moelab import config as configs
+
+    try:
+        sha = configs.sha256(configs.from_dict(card["config"]))
+    except configs.ConfigError as error:
+        yield f"config cannot be read: {_line(error)}"
+        return
+    if sha != card["config_sha256"]:
+        yield f"config_sha256 is {card['config_sha256'][:12]}; config gives {sha[:12]}"
+
+
 def _config(directory: Path, card: dict[str, Any]) -> Iterator[str]:
-    from moelab import config as configs  # late: reading a config may import routers and so jax
 
     try:
         recorded = cards.read_json(directory / "config.json")
@@ -88,13 +100,7 @@ def _config(directory: Path, card: dict[str, Any]) -> Iterator[str]:
             "meanings differ; verify it with the moelab that made it"
         )
         return
-    try:
-        sha = configs.sha256(configs.from_dict(card["config"]))
-    except configs.ConfigError as error:
-        yield f"{cards.NAME}: config cannot be read: {_line(error)}"
-    else:
-        if sha != card["config_sha256"]:
-            yield f"{cards.NAME}: config_sha256 is {card['config_sha256'][:12]}; config gives {sha[:12]}"
+    yield from (f"{cards.NAME}: {text}" for text in config_hash_problems(card))
     # When and where things are written may change when a run is resumed; the rest may not.
     hashed = [
         {key: value for key, value in values.items() if key not in schema.UNHASHED}
