@@ -757,6 +757,32 @@ class TestMeasures:
         assert found == pytest.approx([0.52, low, high])
         assert numbers["task.facts.accuracy.bf16"] == pytest.approx(0.42)
 
+    def test_a_share_stays_within_0_and_1_and_equal_values_have_no_interval(self, compared):
+        def with_values(arm, shares):
+            runs = {}
+            for seed, run in arm.runs.items():
+                row = {"task": "t", "measure": "m", "precision": "float32", "chance": 0.5}
+                row |= {"value": shares[seed], "unit": "share"}
+                nats = row | {"measure": "gain", "unit": "nats per token"}
+                evaluation = run.card["evaluation"] | {"tasks": {"rows": [row, nats]}}
+                runs[seed] = dataclasses.replace(run, card=run.card | {"evaluation": evaluation})
+            return dataclasses.replace(arm, runs=runs)
+
+        wide, same = (0.7, 1.0, 1.0, 1.0, 1.0), (0.9,) * SEEDS
+        shares = [wide, same, same, same]
+        chosen = tuple(with_values(*pair) for pair in zip(compared.arms, shares, strict=True))
+        asked = dataclasses.replace(compared, arms=chosen, reference=chosen[0])
+        low, high = stats.ttest_1samp(wide, 0).confidence_interval(0.95)
+        assert high > 1
+        share, gain = arms_measures.tasks(asked).rows
+        assert share[3].line == f"0.940 [{low:.3f}, 1.000]"
+        assert gain[3].line == f"0.940 [{low:.3f}, {high:.3f}]"
+        assert share[4].line == gain[4].line == "0.900"
+        first, second = arms_rows.rows(asked)[:2]
+        ends = ("", ".low", ".high")
+        assert [first[f"task.t.m.float32{e}"] for e in ends] == pytest.approx([0.94, low, 1.0])
+        assert [second[f"task.t.m.float32{e}"] for e in ends] == [pytest.approx(0.9), None, None]
+
     def test_rows_have_the_domains_behind_all_other_columns(self, swept, compared, tmp_path):
         written = report.write([swept], tmp_path / "r.csv").read_text()
         rows = list(csv.DictReader(io.StringIO(written)))

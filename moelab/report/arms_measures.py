@@ -1,6 +1,6 @@
 """What arms gave apart from the one number: bits per byte by domain, and the tasks beyond the loss.
 
-Values are means over seeds with their t interval; a single seed has none.
+Values are means over seeds with their t interval; a single seed has none, nor have seeds that all gave the same number.
 """
 
 from __future__ import annotations
@@ -96,7 +96,11 @@ def tasks(comparison: Comparison) -> Table | None:
                 Cell(row["unit"], row["unit"]),
                 Cell(fmt.fixed(row["chance"], 3), fmt.number(row["chance"])),
                 *(
-                    _mean([fmt.number(r["value"]) for r in found[arm.name].get(key, ())], 3)
+                    _mean(
+                        [fmt.number(r["value"]) for r in found[arm.name].get(key, ())],
+                        3,
+                        row["unit"],
+                    )
                     for arm in comparison.arms
                 ),
             )
@@ -114,16 +118,19 @@ def task_rows(arm: Arm) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
     return {key: rows for key, rows in found.items() if len(rows) == len(arm.runs)}
 
 
-def _mean(values: Sequence[float | None], digits: int) -> Cell:
+def range_of(unit: str) -> tuple[float, float]:
+    """Returns what a measure of the unit can be."""
+    return (0.0, 1.0) if unit == "share" else (-np.inf, np.inf)
+
+
+def _mean(values: Sequence[float | None], digits: int, unit: str = "") -> Cell:
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return Cell("")
     if not np.isfinite(known).all():
         return Cell("NaN")
-    found = paired.mean_interval(known)
-    bounds = (
-        f"[{fmt.fixed(found.low, digits)}, {fmt.fixed(found.high, digits)}]"
-        if len(known) > 1
-        else ""
+    found = paired.mean_interval(known, range_of(unit))
+    bounds = f"[{fmt.fixed(found.low, digits)}, {fmt.fixed(found.high, digits)}]"
+    return Cell(
+        fmt.fixed(found.estimate, digits), found.estimate, bounds if np.isfinite(found.low) else ""
     )
-    return Cell(fmt.fixed(found.estimate, digits), found.estimate, bounds)

@@ -56,16 +56,17 @@ def _domains(arm: Arm, precision: str) -> dict[str, float | None]:
 def _tasks(arm: Arm) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for key, rows in arms_measures.task_rows(arm).items():
-        found |= _mean(".".join(("task", *key)), [fmt.number(row["value"]) for row in rows])
+        values = [fmt.number(row["value"]) for row in rows]
+        found |= _mean(".".join(("task", *key)), values, rows[0]["unit"])
     return found
 
 
-def _mean(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+def _mean(name: str, values: Sequence[float | None], unit: str = "") -> dict[str, float | None]:
     names = name, f"{name}.low", f"{name}.high"
     if None in values or not np.isfinite(values).all():
         mean = None if None in values else float(np.mean(values))
         return dict(zip(names, (mean, None, None), strict=True))
-    found = paired.mean_interval(values)
+    found = paired.mean_interval(values, arms_measures.range_of(unit))
     return dict(zip(names, (None if math.isnan(v) else v for v in found), strict=True))
 
 

@@ -157,11 +157,23 @@ def correlation(a: Sequence[float], b: Sequence[float]) -> Interval:
     return Interval(float(found.statistic), float(low), float(high))
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Returns the mean of independent values with its 95 % t interval; NaN bounds for a single one."""
+def mean_interval(
+    values: Sequence[float], within: tuple[float, float] = (-math.inf, math.inf)
+) -> Interval:
+    """Returns the mean of independent values with its 95 % t interval.
+
+    Args:
+      values: (S,); finite.
+      within: What such a value can be, as (0, 1) for a share; what of the interval lies outside is cut off.
+
+    Returns:
+      NaN bounds for a single value, and where all are the same: their spread says nothing.
+    """
     value_S = _finite(values, 1)
     mean, half = float(value_S.mean()), _half(value_S, 1 / value_S.size)
-    return Interval(mean, mean - half, mean + half)
+    if (value_S == value_S[0]).all():
+        return Interval(mean, math.nan, math.nan)
+    return Interval(mean, max(mean - half, within[0]), min(mean + half, within[1]))
 
 
 def prediction(values: Sequence[float]) -> Interval:
