@@ -76,7 +76,7 @@ def _files(directory: Path, card: dict[str, Any]) -> Iterator[str]:
 
 def config_hash_problems(card: Mapping[str, Any]) -> Iterator[str]:
     """Says whether the card's config is one of this moelab's and has the hash that the card states."""
-    from moelab import config as configs
+    from moelab import config as configs  # late: reading a config may import routers and so jax
 
     try:
         sha = configs.sha256(configs.from_dict(card["config"]))
@@ -88,7 +88,6 @@ def config_hash_problems(card: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _config(directory: Path, card: dict[str, Any]) -> Iterator[str]:
-
     try:
         recorded = cards.read_json(directory / "config.json")
     except cards.CardError as error:
